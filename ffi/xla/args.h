@@ -1,0 +1,70 @@
+// Turns the buffers of an FFI call into the params struct of its op, with the checks that memory safety
+// needs. What users get wrong is refused in Python, with the argument's name, before it comes here.
+#ifndef JAX_EP_XLA_ARGS_H_
+#define JAX_EP_XLA_ARGS_H_
+
+#include <string>
+#include <utility>
+
+#include "common/ops.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jax_ep::xla_ffi {
+
+namespace ffi = ::xla::ffi;
+
+using Ints = ffi::Buffer<ffi::S32>;
+using Floats = ffi::Buffer<ffi::F32>;
+using IntsOut = ffi::Result<Ints>;
+using FloatsOut = ffi::Result<Floats>;
+using AnyOut = ffi::Result<ffi::AnyBuffer>;
+
+// The operands and results of each op, in the order of its handlers' parameters. `begin` binds what the
+// backend needs before them.
+template <typename Binding>
+auto BindRoute(Binding begin) {
+  return std::move(begin)
+      .template Attr<int64_t>("comm")
+      .template Arg<Ints>()   // topk_ids
+      .template Ret<Ints>()   // tables
+      .template Ret<Ints>()   // num_tokens_per_expert
+      .template Ret<Ints>()   // offsets
+      .template Ret<Ints>()   // num_dropped
+      .template Ret<Ints>();  // recv_topk_ids
+}
+template <typename Binding>
+auto BindDispatch(Binding begin) {
+  return std::move(begin)
+      .template Attr<int64_t>("comm")
+      .template Arg<ffi::AnyBuffer>()  // x
+      .template Arg<Floats>()          // weights, or empty
+      .template Arg<Ints>()            // tables
+      .template Arg<ffi::AnyBuffer>()  // y, or empty
+      .template Arg<Floats>()          // row_weights, or empty
+      .template Ret<ffi::AnyBuffer>()  // tokens
+      .template Ret<Floats>();         // row_scalars, or empty
+}
+template <typename Binding>
+auto BindCombine(Binding begin) {
+  return std::move(begin)
+      .template Attr<int64_t>("comm")
+      .template Arg<ffi::AnyBuffer>()  // y
+      .template Arg<Floats>()          // row_weights, or empty
+      .template Arg<Floats>()          // row_scalars, or empty
+      .template Arg<Ints>()            // tables
+      .template Ret<ffi::AnyBuffer>()  // out
+      .template Ret<Floats>();         // token_scalars, or empty
+}
+
+ffi::ErrorOr<RouteParams> ParseRoute(const MoEShape& shape, Ints topk_ids, IntsOut tables,
+                                     IntsOut num_tokens_per_expert, IntsOut offsets, IntsOut num_dropped,
+                                     IntsOut recv_topk_ids);
+ffi::ErrorOr<DispatchParams> ParseDispatch(const MoEShape& shape, ffi::AnyBuffer x, Floats weights, Ints tables,
+                                           ffi::AnyBuffer y, Floats row_weights, AnyOut tokens,
+                                           FloatsOut row_scalars);
+ffi::ErrorOr<CombineParams> ParseCombine(const MoEShape& shape, ffi::AnyBuffer y, Floats row_weights,
+                                         Floats row_scalars, Ints tables, AnyOut out, FloatsOut token_scalars);
+
+}  // namespace jax_ep::xla_ffi
+
+#endif  // JAX_EP_XLA_ARGS_H_

@@ -1,0 +1,180 @@
+// The CPU handlers and the Python module that carries them.
+#include <unistd.h>
+
+#include <cstring>
+#include <deque>
+#include <map>
+#include <memory>
+#include <mutex>
+
+#include "cpu/communicator.h"
+#include "xla/args.h"
+#include "xla/module.h"
+
+namespace jax_ep::xla_ffi {
+namespace {
+
+// One call site of an op in one loaded program: XLA makes it once and shares it between the devices.
+// Devices reach their call sites in different orders, so arrivals are matched by (site, run, occurrence).
+class CallSite {
+ public:
+  static ffi::TypeId id;
+  static ffi::TypeInfo info;
+
+  explicit CallSite(int64_t number) : number_(number) {}
+
+  cpu::OpKey NextKey(int64_t run_id, int32_t ordinal) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (runs_.find(run_id) == runs_.end()) {
+      order_.push_back(run_id);
+      if (order_.size() > kMaxRunsInFlight) runs_.erase(order_.front()), order_.pop_front();
+    }
+    return {0, number_, run_id, runs_[run_id][ordinal]++};
+  }
+
+ private:
+  static constexpr size_t kMaxRunsInFlight = 4096;
+
+  const int64_t number_;
+  std::mutex mutex_;
+  std::map<int64_t, std::map<int32_t, int64_t>> runs_;
+  std::deque<int64_t> order_;
+};
+
+ffi::TypeId CallSite::id = {};
+ffi::TypeInfo CallSite::info = ffi::MakeTypeInfo<CallSite>();
+
+ffi::ErrorOr<std::unique_ptr<CallSite>> MakeCallSite(int64_t comm) {
+  const auto communicator = cpu::Find(comm);
+  return std::make_unique<CallSite>(communicator == nullptr ? -1 : communicator->NextSite());
+}
+XLA_FFI_DEFINE_HANDLER(kMakeCallSite, MakeCallSite, ffi::Ffi::BindInstantiate().Attr<int64_t>("comm"));
+
+auto BindCall() { return ffi::Ffi::Bind().Ctx<ffi::DeviceOrdinal>().Ctx<ffi::RunId>().Ctx<ffi::State<CallSite>>(); }
+
+ffi::Future Failed(ffi::Error error) {
+  ffi::Promise promise;
+  ffi::Future future(promise);
+  promise.SetError(std::move(error));
+  return future;
+}
+
+template <typename Params, typename... Buffers>
+ffi::Future Submit(ffi::ErrorOr<Params> (*parse)(const MoEShape&, Buffers...), int32_t ordinal, ffi::RunId run,
+                   CallSite* site, int64_t comm, Buffers... buffers) {
+  const auto communicator = cpu::Find(comm);
+  if (communicator == nullptr)
+    return Failed(ffi::Error(ffi::ErrorCode::kFailedPrecondition,
+                             "jax_ep: the MoECommunicator of this program was destroyed"));
+  if (FindPlace(communicator->spec(), ordinal).rank < 0)
+    return Failed(ffi::Error::InvalidArgument("jax_ep: device " + std::to_string(ordinal) +
+                                              " is not part of the communicator's mesh"));
+  ffi::ErrorOr<Params> params = parse(communicator->spec().shape, buffers...);
+  if (params.has_error()) return Failed(params.error());
+  const auto promise = std::make_shared<ffi::Promise>();
+  ffi::Future future(*promise);
+  const double timeout_s = communicator->spec().timeout_s;
+  communicator->Submit(ordinal, site->NextKey(run.run_id, ordinal), params.value(),
+                       [promise, timeout_s](const ErrorRecord& error) {
+                         if (error.code == ErrorCode::kTimeout)
+                           promise->SetError(ffi::Error(ffi::ErrorCode::kDeadlineExceeded,
+                                                        "jax_ep: " + DescribeTimeout(error, timeout_s)));
+                         else
+                           promise->SetAvailable();
+                       });
+  return future;
+}
+
+ffi::Future Route(int32_t ordinal, ffi::RunId run, CallSite* site, int64_t comm, Ints topk_ids, IntsOut tables,
+                  IntsOut num_tokens_per_expert, IntsOut offsets, IntsOut num_dropped, IntsOut recv_topk_ids) {
+  return Submit(ParseRoute, ordinal, run, site, comm, topk_ids, tables, num_tokens_per_expert, offsets, num_dropped,
+                recv_topk_ids);
+}
+XLA_FFI_DEFINE_HANDLER(kRoute, Route, BindRoute(BindCall()));
+
+ffi::Future Dispatch(int32_t ordinal, ffi::RunId run, CallSite* site, int64_t comm, ffi::AnyBuffer x, Floats weights,
+                     Ints tables, ffi::AnyBuffer y, Floats row_weights, AnyOut tokens, FloatsOut row_scalars) {
+  return Submit(ParseDispatch, ordinal, run, site, comm, x, weights, tables, y, row_weights, tokens, row_scalars);
+}
+XLA_FFI_DEFINE_HANDLER(kDispatch, Dispatch, BindDispatch(BindCall()));
+
+ffi::Future Combine(int32_t ordinal, ffi::RunId run, CallSite* site, int64_t comm, ffi::AnyBuffer y,
+                    Floats row_weights, Floats row_scalars, Ints tables, AnyOut out, FloatsOut token_scalars) {
+  return Submit(ParseCombine, ordinal, run, site, comm, y, row_weights, row_scalars, tables, out, token_scalars);
+}
+XLA_FFI_DEFINE_HANDLER(kCombine, Combine, BindCombine(BindCall()));
+
+// The communicator as Python holds it; the registry holds it for the handlers.
+class PyCommunicator {
+ public:
+  PyCommunicator(const CommunicatorSpec& spec, bool across_processes)
+      : communicator_(std::make_shared<cpu::Communicator>(spec)) {
+    if (across_processes) ThrowIfError(communicator_->Prepare());
+    cpu::Register(communicator_);
+  }
+  ~PyCommunicator() { Destroy(); }
+
+  // What other processes need to reach this one's memory.
+  nb::bytes handle() const {
+    const cpu::Communicator::PeerSegment segment{static_cast<int32_t>(getpid()), communicator_->segment_fd()};
+    return nb::bytes(&segment, sizeof segment);
+  }
+  void Connect(int32_t process, nb::bytes handle) {
+    cpu::Communicator::PeerSegment segment;
+    if (handle.size() != sizeof segment) throw std::runtime_error("malformed handle");
+    std::memcpy(&segment, handle.data(), sizeof segment);
+    ThrowIfError(communicator_->Connect(process, segment));
+  }
+  void Disconnect() {}
+  int64_t arena_bytes() const { return communicator_->arena_bytes(); }
+  PyError TakeError() { return ToPython(communicator_->TakeError(), communicator_->spec()); }
+  void Destroy() {
+    if (communicator_ == nullptr) return;
+    cpu::Unregister(communicator_->spec().id);
+    communicator_.reset();
+  }
+
+ private:
+  std::shared_ptr<cpu::Communicator> communicator_;
+};
+
+nb::dict Registrations() {
+  nb::dict targets;
+  const auto add = [&](const char* name, auto* execute) {
+    nb::dict stages;
+    stages["instantiate"] = Capsule(kMakeCallSite);
+    stages["execute"] = Capsule(execute);
+    targets[name] = stages;
+  };
+  add("jax_ep_route", +kRoute);
+  add("jax_ep_dispatch", +kDispatch);
+  add("jax_ep_combine", +kCombine);
+  return targets;
+}
+
+nb::dict Types() {
+  nb::dict type;
+  type["type_id"] = nb::capsule(&CallSite::id, "xla.ffi.type_id");
+  type["type_info"] = nb::capsule(&CallSite::info, "xla.ffi.type_info");
+  nb::dict types;
+  types["jax_ep_cpu_call_site"] = type;
+  return types;
+}
+
+}  // namespace
+
+NB_MODULE(_cpu, m) {
+  BindSpecs(m);
+  m.def("registrations", &Registrations);
+  m.def("types", &Types);
+  nb::class_<PyCommunicator>(m, "Communicator")
+      .def(nb::init<const CommunicatorSpec&, bool>(), nb::arg("spec"), nb::arg("across_processes"))
+      .def("handle", &PyCommunicator::handle)
+      .def("connect", &PyCommunicator::Connect, nb::arg("process"), nb::arg("handle"))
+      .def("disconnect", &PyCommunicator::Disconnect)
+      .def_prop_ro("arena_bytes", &PyCommunicator::arena_bytes)
+      .def("take_error", &PyCommunicator::TakeError)
+      .def("destroy", &PyCommunicator::Destroy, nb::call_guard<nb::gil_scoped_release>());
+}
+
+}  // namespace jax_ep::xla_ffi

@@ -1,0 +1,160 @@
+"""From a mesh to connected groups: who takes part, how they reach each other's memory, and the end of it.
+
+The only file that touches the key-value store of `jax.distributed`.
+"""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Iterable
+
+import jax
+import numpy as np
+from jax._src import distributed
+
+import jax_ep
+from jax_ep import _ffi
+
+_KEY = "jax_ep"
+_TEARDOWN_TIMEOUT_S = 10.0
+
+# How many communicators this process made over the same devices: equal in all their processes.
+_made = collections.Counter[str]()
+
+
+def groups_of(mesh: jax.sharding.Mesh, axis_name: str) -> list[list[jax.Device]]:
+    """The devices along `axis_name`, one list per position on the mesh's other axes."""
+    axis = mesh.axis_names.index(axis_name)
+    return np.moveaxis(mesh.devices, axis, -1).reshape(-1, mesh.devices.shape[axis]).tolist()
+
+
+def communicator_id(mesh: jax.sharding.Mesh, axis_name: str) -> int:
+    """A number that names a new communicator in all its processes, and no other in any of them."""
+    identity = f"{[device.id for device in mesh.devices.flat]} {mesh.devices.shape} {mesh.axis_names} {axis_name}"
+    _made[identity] += 1
+    digest = hashlib.sha256(f"{identity} {_made[identity]}".encode()).digest()
+    return int.from_bytes(digest[:7], "big")
+
+
+def host_identity() -> str:
+    """Equal in two processes only if they can reach each other's memory through the kernel."""
+    boot_id = pathlib.Path("/proc/sys/kernel/random/boot_id")
+    boot = boot_id.read_text().strip() if boot_id.exists() else os.uname().nodename
+    pid_namespace = pathlib.Path("/proc/self/ns/pid")
+    return f"{boot} {os.readlink(pid_namespace) if pid_namespace.is_symlink() else ''}"
+
+
+def ordinal(device: jax.Device) -> int:
+    """What XLA's DeviceOrdinal says inside a handler: the global id on CPU, the process's own number on GPU."""
+    return device.id if device.platform == "cpu" else device.local_hardware_id
+
+
+class Connection:
+    """The native communicators of this process's devices, connected to those of all others.
+
+    Raises:
+      RuntimeError: a process disagrees about the configuration, or two ranks cannot reach each other.
+    """
+
+    def __init__(self, mesh, axis_name, implementation, *, id: int, shape, native_shape, timeout_s, num_sms):
+        extension = _ffi.extension(implementation)
+        groups = groups_of(mesh, axis_name)
+        self._id = id
+        self._timeout_s = timeout_s
+        self._processes = sorted({device.process_index for group in groups for device in group})
+        spec = extension.CommunicatorSpec(
+            id=id,
+            shape=native_shape,
+            groups=[[(device.process_index, ordinal(device)) for device in group] for group in groups],
+            process=jax.process_index(),
+            timeout_s=timeout_s,
+            num_sms=num_sms or 0,
+        )
+        self.native = extension.Communicator(spec, across_processes=len(self._processes) > 1)
+        try:
+            if len(self._processes) > 1:
+                self._exchange(groups, f"{implementation} {shape} {jax_ep.__version__}")
+        except BaseException:
+            self.native.destroy()
+            raise
+
+    def _exchange(self, groups, configuration: str) -> None:
+        me = jax.process_index()
+        mine = dict(
+            configuration=configuration, host=host_identity(), pid=os.getpid(), handle=self.native.handle().hex()
+        )
+        client = distributed.global_state.client
+        milliseconds = int(self._timeout_s * 1000)
+        client.key_value_set_bytes(f"{_KEY}/{self._id}/{me}", json.dumps(mine).encode())
+        try:
+            theirs = {
+                process: json.loads(client.blocking_key_value_get_bytes(f"{_KEY}/{self._id}/{process}", milliseconds))
+                for process in self._processes
+            }
+        except jax.errors.JaxRuntimeError as error:
+            raise RuntimeError(
+                f"MoECommunicator: not all of processes {self._processes} built it within timeout_s={self._timeout_s}"
+            ) from error
+        for process, their in theirs.items():
+            _check_agreement(groups, me, mine, process, their)
+        try:
+            for process in _neighbours(groups, me):
+                _connect(self.native, groups, me, process, theirs[process])
+        finally:
+            # Nobody may go on, or leave, before all have opened what they need. After it the keys serve no one.
+            self._barrier("connected", self._timeout_s)
+            client.key_value_delete(f"{_KEY}/{self._id}/{me}")
+
+    def _barrier(self, name: str, timeout_s: float) -> None:
+        distributed.global_state.client.wait_at_barrier(
+            f"{_KEY}/{self._id}/{name}", int(timeout_s * 1000), process_ids=self._processes
+        )
+
+    def close(self) -> None:
+        """Frees everything, once no process uses another's memory any more, or has stopped answering."""
+        self.native.disconnect()
+        if len(self._processes) > 1 and distributed.global_state.client is not None:
+            try:
+                self._barrier("disconnected", _TEARDOWN_TIMEOUT_S)
+            except jax.errors.JaxRuntimeError:
+                pass  # A process that died cannot use our memory either.
+        self.native.destroy()
+
+
+def _neighbours(groups, me: int) -> Iterable[int]:
+    """The other processes that share a group with this one."""
+    shared = [group for group in groups if any(device.process_index == me for device in group)]
+    return sorted({device.process_index for group in shared for device in group} - {me})
+
+
+def _ranks(groups, process: int) -> list[int]:
+    return sorted({rank for group in groups for rank, device in enumerate(group) if device.process_index == process})
+
+
+def _check_agreement(groups, me: int, mine: dict, process: int, their: dict) -> None:
+    who = f"ranks {_ranks(groups, me)} (process {me}) and ranks {_ranks(groups, process)} (process {process})"
+    if mine["configuration"] != their["configuration"]:
+        raise RuntimeError(
+            f"MoECommunicator: {who} were given different arguments: {mine['configuration']} and "
+            f"{their['configuration']}"
+        )
+    if mine["host"] != their["host"]:
+        raise RuntimeError(
+            f"MoECommunicator: nothing connects {who}: they run on different hosts, or in different process "
+            f"namespaces ({mine['host']} and {their['host']}). Choose a mesh axis within one host, or "
+            'implementation="reference".'
+        )
+
+
+def _connect(native, groups, me: int, process: int, their: dict) -> None:
+    try:
+        native.connect(process, bytes.fromhex(their["handle"]))
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"MoECommunicator: nothing connects ranks {_ranks(groups, me)} (process {me}) and ranks "
+            f"{_ranks(groups, process)} (process {process}, pid {their['pid']}): {error}"
+        ) from error

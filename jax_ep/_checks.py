@@ -1,0 +1,43 @@
+"""Errors that users read: each names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def expect(condition: bool, argument: str, expected: str, got) -> None:
+    if not condition:
+        raise ValueError(f"{argument}: expected {expected}, got {got}")
+
+
+def expect_int(argument: str, value, minimum: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{argument}: expected an int, got {type(value).__name__} {value!r}")
+    expect(value >= minimum, argument, f"at least {minimum}", value)
+
+
+def expect_array(argument: str, value, shape: tuple[int | str, ...], dtype) -> None:
+    """Letters in `shape` stand for any size."""
+    if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+        raise TypeError(f"{argument}: expected an array, got {type(value).__name__}")
+    wanted = f"shape [{', '.join(map(str, shape))}]"
+    fits = len(value.shape) == len(shape) and all(
+        isinstance(size, str) or size == got for size, got in zip(shape, value.shape, strict=True)
+    )
+    expect(fits, argument, wanted, f"shape {list(value.shape)}")
+    if value.dtype != jnp.dtype(dtype):
+        raise TypeError(f"{argument}: expected dtype {jnp.dtype(dtype).name}, got {value.dtype}")
+
+
+def expect_inside_shard_map(mesh: jax.sharding.Mesh, axis_name: str, op: str) -> None:
+    """The traced code must run per device of the communicator's own mesh."""
+    current = jax.sharding.get_abstract_mesh()
+    if axis_name not in current.manual_axes:
+        raise ValueError(
+            f"{op}: expected a call inside jax.shard_map over mesh axis {axis_name!r}, got a call with manual axes "
+            f"{tuple(current.manual_axes)}"
+        )
+    theirs = tuple(zip(current.axis_names, current.axis_sizes, strict=True))
+    ours = tuple(zip(mesh.axis_names, mesh.devices.shape, strict=True))
+    expect(theirs == ours, op, f"shard_map over the communicator's mesh {ours}", f"mesh {theirs}")

@@ -1,0 +1,44 @@
+"""Combine: the rows of a token are summed on each expert rank, and those sums at the token's source."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+
+from jax_ep import _ffi, _reference
+
+
+def combine(spec, y, row_weights, routing, num_tokens: int):
+    """Sums `y` [C, H], weighted by `row_weights` float32 [C] unless None, into [T, H].
+
+    Sums are kept in float32 (float64 for float64 rows), each rank's is rounded once to the dtype of `y` to
+    cross the link, and the ranks are added in order: the result is bitwise the same from run to run.
+    """
+    if spec.is_reference:
+        return _reference.combine(spec, y, row_weights, routing, num_tokens)
+    return _combine(spec, num_tokens, y, row_weights, routing)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _combine(spec, num_tokens, y, row_weights, routing):
+    return _ffi.combine(spec, y, row_weights, None, routing, num_tokens)[0]
+
+
+def _forward(spec, num_tokens, y, row_weights, routing):
+    # Only the weights' gradient needs y.
+    residuals = (routing, None if row_weights is None else (y, row_weights))
+    return _combine(spec, num_tokens, y, row_weights, routing), residuals
+
+
+def _backward(spec, num_tokens, residuals, gradient):
+    """A cached dispatch of the gradient, scaled by each row's weight on arrival."""
+    del num_tokens
+    routing, weighted = residuals
+    if weighted is None:
+        return _ffi.dispatch(spec, gradient, None, routing)[0], None, None
+    y_gradient, weight_gradient = _ffi.dispatch_scaled(spec, gradient, routing, *weighted)
+    return y_gradient, weight_gradient, None
+
+
+_combine.defvjp(_forward, _backward)

@@ -1,0 +1,145 @@
+"""The native ops: loads the extensions, registers their targets, and calls them with correctly typed outputs.
+
+Nothing above this file knows which backend runs an op: one target name is registered for each platform.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jax_ep.types import DispatchLayout
+
+# Values are part of the contract with ffi/common/layout.h.
+DTYPES = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3}
+LAYOUTS = {DispatchLayout.FLAT: 0, DispatchLayout.RANK_MAJOR: 1}
+
+_EXTENSIONS = {"cpu": ("jax_ep._cpu", "cpu"), "cuda": ("jax_ep._cuda", "CUDA")}
+
+
+@functools.cache
+def extension(implementation: str) -> ModuleType:
+    """Loads the extension of "cpu" or "cuda" and registers its ops.
+
+    To be called once devices exist: jax 0.10.2 registers types that come before its backends too late.
+    """
+    module_name, platform = _EXTENSIONS[implementation]
+    if implementation == "cuda":
+        # A kernel that is first loaded while a peer's kernel waits for it would wait for that peer.
+        os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise NotImplementedError(
+            f"implementation={implementation!r}: this installation of jax_ep has no {module_name} extension "
+            f"({error}). Install with JAX_EP_CUDA=on where a CUDA 13 compiler is found, or choose "
+            'implementation="reference".'
+        ) from error
+    for name, type_info in module.types().items():
+        jax.ffi.register_ffi_type(name, type_info, platform=platform)
+    for name, handlers in module.registrations().items():
+        jax.ffi.register_ffi_target(name, handlers, platform=platform)
+    return module
+
+
+def varying_axes(x) -> frozenset[str]:
+    """The mesh axes that `x` is typed as varying over; none where shard_map does not check."""
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def vary(x, axes):
+    """`x` typed as varying over `axes` as well."""
+    missing = tuple(sorted(set(axes) - varying_axes(x)))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
+def _result(shape, dtype, like) -> jax.ShapeDtypeStruct:
+    """An output that varies over the same mesh axes as `like`; a bare struct would be typed replicated."""
+    aval = jax.typeof(like)
+    return jax.ShapeDtypeStruct(
+        shape,
+        dtype,
+        sharding=NamedSharding(aval.sharding.mesh, PartitionSpec()),
+        manual_axis_type=aval.manual_axis_type,
+    )
+
+
+def _absent(like, dtype=jnp.float32) -> jax.Array:
+    """The empty operand that stands for None."""
+    return vary(jnp.zeros((0,), dtype), varying_axes(like))
+
+
+def _call(name: str, spec, results, *operands):
+    return jax.ffi.ffi_call(name, results)(*operands, comm=np.int64(spec.communicator_id))
+
+
+def route(spec, topk_ids):
+    """`topk_ids` [T, K] -> tables [N], num_tokens_per_expert [L], offsets [G + 1], num_dropped [],
+    recv_topk_ids [C, K] (RANK_MAJOR) or [0, K]."""
+    shape = spec.shape
+    recv_rows = shape.capacity if shape.layout is DispatchLayout.RANK_MAJOR else 0
+    sizes = [
+        (spec.route_tables_size(topk_ids.shape[0]),),
+        (shape.num_local_experts,),
+        (shape.num_row_groups + 1,),
+        (),
+        (recv_rows, shape.topk),
+    ]
+    return _call("jax_ep_route", spec, [_result(size, jnp.int32, topk_ids) for size in sizes], topk_ids)
+
+
+def dispatch(spec, x, weights, tables):
+    """`x` [T, H], `weights` [T, K] or None -> rows [C, H], their weights ([C], [C, K], or None)."""
+    shape = spec.shape
+    per_row = (shape.topk,) if shape.layout is DispatchLayout.RANK_MAJOR else ()
+    scalars = (0,) if weights is None else (shape.capacity, *per_row)
+    tokens, row_weights = _call(
+        "jax_ep_dispatch",
+        spec,
+        [_result((shape.capacity, shape.hidden_size), x.dtype, x), _result(scalars, jnp.float32, x)],
+        x,
+        _absent(x) if weights is None else weights,
+        tables,
+        _absent(x, x.dtype),
+        _absent(x),
+    )
+    return tokens, None if weights is None else row_weights
+
+
+def dispatch_scaled(spec, g, tables, y, row_weights):
+    """The gradient of a weighted combine: `g` [T, H], `y` [C, H], `row_weights` [C] -> each row's weight times
+    its token's g [C, H], and the dot product of that g with the row's y [C]."""
+    shape = spec.shape
+    return _call(
+        "jax_ep_dispatch",
+        spec,
+        [_result((shape.capacity, shape.hidden_size), g.dtype, g), _result((shape.capacity,), jnp.float32, g)],
+        g,
+        _absent(g),
+        tables,
+        y,
+        row_weights,
+    )
+
+
+def combine(spec, y, row_weights, row_scalars, tables, num_tokens):
+    """`y` [C, H] -> sums [T, H], and `row_scalars` brought back to their (token, k) [T, K], or None."""
+    shape = spec.shape
+    scalars = (0,) if row_scalars is None else (num_tokens, shape.topk)
+    out, token_scalars = _call(
+        "jax_ep_combine",
+        spec,
+        [_result((num_tokens, shape.hidden_size), y.dtype, y), _result(scalars, jnp.float32, y)],
+        y,
+        _absent(y) if row_weights is None else row_weights,
+        _absent(y) if row_scalars is None else row_scalars,
+        tables,
+    )
+    return out, None if row_scalars is None else token_scalars

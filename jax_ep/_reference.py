@@ -1,0 +1,141 @@
+"""The ops in pure JAX over stock collectives: an implementation for every platform, the baseline of the
+benchmarks, and the oracle of the tests. JAX differentiates it; no rule here is ours.
+
+Tokens are gathered whole (`all_gather`): with a worst-case capacity per pair of ranks, a dense `all_to_all`
+would move as many bytes and need a gather besides. Sums return by `all_to_all`, one row per (token, rank).
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jax_ep.types import DispatchLayout, ErrorCode
+
+
+def route(spec, topk_ids):
+    """See `_route.route`. Here `routing` is a dict: `rows` [R, T, M], the output row of each (source, token, k),
+    -1 where there is none; `sources` [C], the (source, token) of each output row, -1 for padding; `poison` [],
+    1, or NaN if the step is to be poisoned."""
+    shape = spec.shape
+    rank = lax.axis_index(spec.axis_name)
+    all_ids = lax.all_gather(topk_ids, spec.axis_name)  # [R, T, K]
+    is_expert = (all_ids >= 0) & (all_ids < shape.num_experts)
+    ranks = jnp.where(is_expert, all_ids // shape.num_local_experts, -1)
+    local_ids = jnp.where(ranks == rank, all_ids - rank * shape.num_local_experts, -1)
+
+    if shape.layout is DispatchLayout.RANK_MAJOR:
+        groups = jnp.where((local_ids >= 0).any(-1, keepdims=True), jnp.arange(shape.num_ranks)[:, None, None], -1)
+    else:
+        groups = local_ids
+    rows, offsets = _place(groups, shape.num_row_groups, _alignment(shape))
+    kept = (rows >= 0) & (rows < shape.capacity)
+    num_dropped = jnp.sum((rows >= shape.capacity).astype(jnp.int32))
+    rows = jnp.where(kept, rows, -1)
+    offsets = jnp.minimum(offsets, shape.capacity)
+
+    flat = jnp.where(kept, rows, shape.capacity).reshape(-1)
+    positions = jnp.arange(rows.shape[0] * rows.shape[1], dtype=jnp.int32)
+    sources = jnp.full((shape.capacity,), -1, jnp.int32).at[flat].set(
+        jnp.repeat(positions, rows.shape[2]), mode="drop"
+    )
+    kept_ids = jnp.where(kept, local_ids, -1)
+    num_tokens_per_expert = jnp.zeros((shape.num_local_experts,), jnp.int32).at[
+        jnp.where(kept_ids >= 0, kept_ids, shape.num_local_experts)
+    ].add(1, mode="drop")
+    recv_topk_ids = None
+    if shape.layout is DispatchLayout.RANK_MAJOR:
+        recv_topk_ids = jnp.where(
+            (sources >= 0)[:, None], _take(local_ids.reshape(-1, shape.topk), sources), -1
+        )
+    routing = dict(rows=rows, sources=sources, poison=_poison(spec, all_ids, is_expert, ranks))
+    return routing, num_tokens_per_expert, offsets, num_dropped, recv_topk_ids
+
+
+def _alignment(shape) -> int:
+    return 1 if shape.layout is DispatchLayout.RANK_MAJOR else shape.expert_alignment
+
+
+def _place(groups, num_groups: int, alignment: int):
+    """Rows in order of (group, position) for each entry of `groups`, -1 where that is -1; and the groups'
+    first rows. As if capacity had no end."""
+    flat = jnp.where(groups >= 0, groups, num_groups).reshape(-1)
+    counts = jnp.zeros((num_groups + 1,), jnp.int32).at[flat].add(1)
+    padded = -(-counts[:-1] // alignment) * alignment
+    offsets = jnp.concatenate([jnp.zeros((1,), jnp.int32), jnp.cumsum(padded, dtype=jnp.int32)])
+    # A stable sort puts each group's entries together, in order.
+    order = jnp.argsort(flat, stable=True)
+    starts = jnp.cumsum(counts, dtype=jnp.int32) - counts
+    sorted_groups = flat[order]
+    places = jnp.arange(flat.size, dtype=jnp.int32) - starts[sorted_groups] + offsets[sorted_groups]
+    rows = jnp.zeros_like(flat).at[order].set(jnp.where(sorted_groups < num_groups, places, -1))
+    return rows.reshape(groups.shape), offsets
+
+
+def _poison(spec, all_ids, is_expert, ranks):
+    """NaN on all ranks if any rank's routing cannot be honoured, else 1; also tells the communicator."""
+    shape = spec.shape
+    bad_ids = jnp.sum((~is_expert & (all_ids != -1)).astype(jnp.int32), axis=(1, 2))  # [R]
+    if shape.layout is DispatchLayout.RANK_MAJOR:
+        hits = (ranks[..., None] == jnp.arange(shape.num_ranks)).any(2)  # [R, T, R]
+        needed = hits.sum((0, 1), dtype=jnp.int32)
+    else:
+        experts = jnp.zeros((shape.num_experts,), jnp.int32).at[
+            jnp.where(is_expert, all_ids, shape.num_experts)
+        ].add(1, mode="drop")
+        alignment = shape.expert_alignment
+        needed = (-(-experts // alignment) * alignment).reshape(shape.num_ranks, -1).sum(1)
+    overflows = (needed > shape.capacity) & (not spec.drop_overflow)
+    any_bad = (bad_ids > 0).any()
+    failed = any_bad | overflows.any()
+    code = jnp.where(any_bad, int(ErrorCode.BAD_EXPERT_ID), int(ErrorCode.OVERFLOW))
+    where = jnp.where(any_bad, jnp.argmax(bad_ids > 0), jnp.argmax(overflows))
+    got = jnp.where(any_bad, bad_ids[where], needed[where])
+    lax.cond(failed, lambda: jax.debug.callback(spec.report_error, code, where, got), lambda: None)
+    return jnp.where(failed, jnp.nan, 1.0).astype(jnp.float32)
+
+
+def _take(rows, indices):
+    """Rows by index, anything for -1: callers mask. Zeros if there is nothing to take."""
+    if rows.shape[0] == 0:
+        return jnp.zeros_like(rows, shape=(*indices.shape, *rows.shape[1:]))
+    return jnp.take(rows, jnp.maximum(indices, 0), axis=0)
+
+
+def dispatch(spec, x, weights, routing):
+    """See `_dispatch.dispatch`."""
+    shape, sources, poison = spec.shape, routing["sources"], routing["poison"]
+    is_token = sources >= 0
+    all_x = lax.all_gather(x, spec.axis_name).reshape(-1, shape.hidden_size)
+    tokens = jnp.where(is_token[:, None], _take(all_x, sources), 0) * poison.astype(x.dtype)
+    if weights is None:
+        return tokens, None
+    all_weights = lax.all_gather(weights, spec.axis_name).reshape(-1, shape.topk)
+    if shape.layout is DispatchLayout.RANK_MAJOR:
+        return tokens, jnp.where(is_token[:, None], _take(all_weights, sources), 0) * poison
+    rows = routing["rows"].reshape(-1)
+    row_weights = jnp.zeros((shape.capacity,), weights.dtype).at[
+        jnp.where(rows >= 0, rows, shape.capacity)
+    ].set(all_weights.reshape(-1), mode="drop")
+    return tokens, row_weights * poison
+
+
+def combine(spec, y, row_weights, routing, num_tokens: int):
+    """See `_combine.combine`."""
+    shape, rows, poison = spec.shape, routing["rows"], routing["poison"]
+    sum_dtype = jnp.promote_types(y.dtype, jnp.float32)
+    partial = jnp.zeros((shape.num_ranks * num_tokens, shape.hidden_size), sum_dtype)
+    for k in range(shape.rows_per_slot):
+        indices = rows[:, :, k].reshape(-1)
+        values = _take(y, indices).astype(sum_dtype)
+        if row_weights is not None:
+            values *= _take(row_weights, indices)[:, None].astype(sum_dtype)
+        partial += jnp.where((indices >= 0)[:, None], values, 0)
+    partial = partial.astype(y.dtype).reshape(shape.num_ranks, num_tokens, shape.hidden_size)
+    # [R, T, H]: from each rank, what it sums for my tokens.
+    returned = lax.all_to_all(partial, spec.axis_name, split_axis=0, concat_axis=0)
+    total = jnp.zeros((num_tokens, shape.hidden_size), sum_dtype)
+    for rank in range(shape.num_ranks):
+        total += returned[rank].astype(sum_dtype)
+    return (total * poison.astype(sum_dtype)).astype(y.dtype)

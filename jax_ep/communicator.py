@@ -1,0 +1,383 @@
+"""`MoECommunicator`: what a user holds."""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_ep import _bootstrap, _combine, _dispatch, _ffi, _route, _shapes
+from jax_ep._checks import expect, expect_array, expect_inside_shard_map, expect_int
+from jax_ep.types import (
+    CapacityError,
+    DispatchHandle,
+    DispatchLayout,
+    DispatchLayoutInfo,
+    DispatchOutput,
+    ErrorCode,
+    ExpertIdError,
+    MoEMode,
+    PeerTimeoutError,
+)
+
+_IMPLEMENTATIONS = ("cuda", "cpu", "reference")
+_PLATFORMS = {"cuda": "gpu", "cpu": "cpu"}
+
+
+@dataclasses.dataclass(frozen=True)
+class MoECommunicatorConfig:
+    """The arguments of `MoECommunicator`, see there."""
+
+    num_experts: int
+    hidden_size: int
+    topk: int
+    max_tokens_per_rank: int
+    axis_name: str = "ep"
+    mode: MoEMode = MoEMode.HIGH_THROUGHPUT
+    output_layout: DispatchLayout | None = None
+    max_recv_tokens_per_rank: int | None = None
+    overflow: str = "error"
+    expert_alignment: int = 1
+    dtype: Any = jnp.bfloat16
+    implementation: str | None = None
+    num_sms: int | None = None
+    timeout_s: float = 30.0
+
+
+@dataclasses.dataclass(frozen=True)
+class _OpSpec:
+    """What the ops need to know of their communicator; hashable, since it is static under jit."""
+
+    communicator_id: int
+    axis_name: str
+    shape: _shapes.MoEShape
+    drop_overflow: bool
+    communicator: MoECommunicator
+    is_reference: bool
+
+    def route_tables_size(self, num_tokens: int) -> int:
+        return self.communicator._native_shape.route_tables_size(num_tokens)
+
+    def report_error(self, code, rank, got) -> None:
+        self.communicator._reference_error = (int(code), int(rank), int(got))
+
+
+class MoECommunicator:
+    """Moves the tokens of a mixture-of-experts layer to their experts and back, along one mesh axis.
+
+    Build it once, outside jit, on all processes of the mesh alike; call `dispatch` and `combine` inside
+    `jax.shard_map` over the same mesh. Expert e lives on rank `e // (num_experts // R)` of the axis's R ranks.
+
+    Args:
+      mesh: the `jax.sharding.Mesh` that the calls will be mapped over. Positions on its other axes form
+        independent groups.
+      config: all other arguments in one `MoECommunicatorConfig`, instead of by keyword.
+      axis_name: the expert-parallel mesh axis.
+      num_experts: E, over all ranks; divisible by R.
+      hidden_size: H, elements per token. On GPUs a row must be a multiple of 16 bytes.
+      topk: K, experts per token, 1 to 32.
+      max_tokens_per_rank: the most tokens T that a rank dispatches in one call.
+      mode: `MoEMode.HIGH_THROUGHPUT`.
+      output_layout: a `DispatchLayout`; default `FLAT`.
+      max_recv_tokens_per_rank: C, rows of the receive buffer; default the worst case, so that nothing can be
+        dropped. Balanced routing needs about T * K rows for `FLAT`.
+      overflow: what happens to rows beyond C. "error": all outputs of the step are NaN on all ranks, and the
+        next call or `check()` raises `CapacityError`. "drop": the last rows are left out of outputs and gradients,
+        and counted in `num_dropped`.
+      expert_alignment: each expert's rows start at a multiple of this (`FLAT`).
+      dtype: of the tokens: bfloat16, float16, float32 or float64.
+      implementation: "cuda", "cpu" or "reference" (pure JAX); default by the mesh's platform.
+      num_sms: thread blocks that an op may occupy on a GPU; default by shape.
+      timeout_s: seconds that a rank waits for a peer before the op fails with `PeerTimeoutError`.
+
+    Raises:
+      ValueError, TypeError: an argument is unusable; the text names it, what was expected and what came.
+      NotImplementedError: this installation has no backend for the mesh's devices.
+      RuntimeError: two ranks cannot reach each other's memory, or were given different arguments.
+    """
+
+    def __init__(self, mesh: jax.sharding.Mesh, config: MoECommunicatorConfig | None = None, **arguments):
+        if config is not None and (arguments or not isinstance(config, MoECommunicatorConfig)):
+            raise TypeError(
+                f"config: expected one MoECommunicatorConfig and no other argument, got {type(config).__name__} "
+                f"and {sorted(arguments)}"
+            )
+        self._destroyed = False
+        self._connection: _bootstrap.Connection | None = None
+        self._reference_error: tuple[int, int, int] | None = None
+        self.config = _resolve(mesh, config or MoECommunicatorConfig(**arguments))
+        self.mesh = mesh
+        self._shape = _moe_shape(mesh, self.config)
+        self._spec = _OpSpec(
+            communicator_id=_bootstrap.communicator_id(mesh, self.config.axis_name),
+            axis_name=self.config.axis_name,
+            shape=self._shape,
+            drop_overflow=self.config.overflow == "drop",
+            communicator=self,
+            is_reference=self.config.implementation == "reference",
+        )
+        if not self._spec.is_reference:
+            self._connect()
+        # Not for the sake of memory: peers must stop using ours before this process ends.
+        atexit.register(self.destroy)
+
+    def _connect(self) -> None:
+        config, shape = self.config, self._shape
+        self._native_shape = _ffi.extension(config.implementation).MoEShape(
+            num_ranks=shape.num_ranks,
+            num_experts=shape.num_experts,
+            topk=shape.topk,
+            hidden_size=shape.hidden_size,
+            max_tokens_per_rank=shape.max_tokens_per_rank,
+            expert_alignment=shape.expert_alignment,
+            capacity=shape.capacity,
+            layout=_ffi.LAYOUTS[shape.layout],
+            dtype=_ffi.DTYPES[jnp.dtype(config.dtype).name],
+            drop_overflow=config.overflow == "drop",
+        )
+        self._connection = _bootstrap.Connection(
+            self.mesh,
+            config.axis_name,
+            config.implementation,
+            id=self._spec.communicator_id,
+            shape=(shape, jnp.dtype(config.dtype).name, config.overflow, config.timeout_s),
+            native_shape=self._native_shape,
+            timeout_s=config.timeout_s,
+            num_sms=config.num_sms,
+        )
+
+    @property
+    def num_ranks(self) -> int:
+        """R, the ranks of the expert-parallel axis."""
+        return self._shape.num_ranks
+
+    @property
+    def num_local_experts(self) -> int:
+        """L = E / R."""
+        return self._shape.num_local_experts
+
+    @property
+    def capacity(self) -> int:
+        """C, the rows of `DispatchOutput.tokens`."""
+        return self._shape.capacity
+
+    @property
+    def arena_bytes(self) -> int:
+        """Bytes held for peers to write to, per GPU; on CPU, the address space reserved per process."""
+        return 0 if self._connection is None else self._connection.native.arena_bytes
+
+    def dispatch(
+        self,
+        x: jax.Array,
+        topk_ids: jax.Array | None = None,
+        weights: jax.Array | None = None,
+        *,
+        previous_handle: DispatchHandle | None = None,
+    ) -> tuple[DispatchOutput, DispatchHandle]:
+        """Sends each token to the ranks of its experts. Call inside `jax.shard_map`.
+
+        Args:
+          x: `[T, H]`, this rank's tokens. Differentiable.
+          topk_ids: int32 `[T, K]`, the experts of each token, -1 where unused. An expert named twice counts twice.
+          weights: float32 `[T, K]`, routing weights, which `combine` applies. Differentiable. Without them,
+            `combine` adds the rows unweighted.
+          previous_handle: reuses its routing, and its weights unless new ones are given, instead of `topk_ids`.
+
+        Returns:
+          What this rank received, and the handle for `combine` and for later dispatches.
+
+        Raises:
+          ValueError, TypeError: at trace time, naming the argument, what was expected and what came.
+          CapacityError, ExpertIdError, PeerTimeoutError: an earlier step failed, see `check`.
+        """
+        self._expect_usable("dispatch")
+        shape = self._shape
+        expect_array("x", x, ("T", shape.hidden_size), self.config.dtype)
+        num_tokens = x.shape[0]
+        expect(num_tokens <= shape.max_tokens_per_rank, "x", f"at most {shape.max_tokens_per_rank} tokens", num_tokens)
+        if weights is not None:
+            expect_array("weights", weights, (num_tokens, shape.topk), jnp.float32)
+        if previous_handle is not None:
+            expect(topk_ids is None, "topk_ids", "None beside previous_handle", "an array")
+            self._expect_own_handle("previous_handle", previous_handle)
+            expect(previous_handle.num_tokens == num_tokens, "x", f"{previous_handle.num_tokens} tokens", num_tokens)
+            return self._move(x, weights, previous_handle)
+        if topk_ids is None:
+            raise ValueError("topk_ids: expected an array, or previous_handle, got neither")
+        expect_array("topk_ids", topk_ids, (num_tokens, shape.topk), jnp.int32)
+        topk_ids = _ffi.vary(topk_ids, {self.config.axis_name})
+        routing, num_tokens_per_expert, offsets, num_dropped, recv_topk_ids = _route.route(self._spec, topk_ids)
+        layout = DispatchLayoutInfo(shape.layout, num_tokens_per_expert, offsets)
+        handle = DispatchHandle(
+            routing, None, layout, num_dropped, recv_topk_ids, num_tokens, self._spec.communicator_id
+        )
+        return self._move(x, weights, handle)
+
+    def _move(self, x, weights, handle: DispatchHandle) -> tuple[DispatchOutput, DispatchHandle]:
+        axes = _ffi.varying_axes(x) | {self.config.axis_name} | _varying_axes(handle)
+        axes |= _varying_axes(weights)
+        x = _ffi.vary(x, axes)
+        weights = None if weights is None else _ffi.vary(weights, axes)
+        tokens, row_weights = _dispatch.dispatch(self._spec, x, weights, handle.routing)
+        topk_weights = None
+        if handle.layout.kind is DispatchLayout.RANK_MAJOR:
+            if row_weights is not None:
+                topk_weights = jnp.where(handle.topk_ids >= 0, row_weights, 0)
+        elif row_weights is not None:
+            handle = dataclasses.replace(handle, row_weights=row_weights)
+        return DispatchOutput(tokens, handle.layout, handle.num_dropped, handle.topk_ids, topk_weights), handle
+
+    def combine(self, y: jax.Array, handle: DispatchHandle) -> jax.Array:
+        """Returns the experts' rows to their tokens and sums them. Call inside `jax.shard_map`.
+
+        Args:
+          y: `[C, H]`, a row for each row of the dispatch output. Differentiable. Rows without a token are not read.
+          handle: from the `dispatch` that made those rows.
+
+        Returns:
+          `[T, H]`: for `FLAT` the sum of each token's rows, times its weights if dispatch was given any; for
+          `RANK_MAJOR` the plain sum over ranks. Sums are kept in float32. A token without experts gets zeros.
+
+        Raises:
+          As `dispatch`.
+        """
+        self._expect_usable("combine")
+        self._expect_own_handle("handle", handle)
+        expect_array("y", y, (self._shape.capacity, self._shape.hidden_size), self.config.dtype)
+        axes = _ffi.varying_axes(y) | _varying_axes(handle)
+        y = _ffi.vary(y, axes)
+        row_weights = None if handle.row_weights is None else _ffi.vary(handle.row_weights, axes)
+        return _combine.combine(self._spec, y, row_weights, handle.routing, handle.num_tokens)
+
+    def check(self) -> None:
+        """Raises what went wrong on this process's devices since the last call.
+
+        Ops do not stop the program when routing fails: they give NaN. Call this where the program waits for a
+        step's result anyway.
+
+        Raises:
+          CapacityError: a rank was sent more rows than it has capacity for, with overflow="error".
+          ExpertIdError: topk_ids held an id that is neither -1 nor an expert.
+          PeerTimeoutError: a peer did not come; only `destroy` is left to do.
+        """
+        if self._connection is not None:
+            code, rank, _, got, timeout_text = self._connection.native.take_error()
+        elif self._reference_error is not None:
+            (code, rank, got), self._reference_error = self._reference_error, None
+            timeout_text = ""
+        else:
+            return
+        if code == ErrorCode.OVERFLOW:
+            raise CapacityError(
+                f"max_recv_tokens_per_rank: expected at least {got}, which rank {rank} needed, got {self.capacity}; "
+                'the outputs of that step are NaN on all ranks. Raise it, or choose overflow="drop".'
+            )
+        if code == ErrorCode.BAD_EXPERT_ID:
+            raise ExpertIdError(
+                f"topk_ids: expected -1 or an expert in [0, {self._shape.num_experts}), got {got} other entries on "
+                f"rank {rank}; the outputs of that step are NaN on all ranks."
+            )
+        if code == ErrorCode.TIMEOUT:
+            raise PeerTimeoutError(timeout_text)
+
+    def destroy(self) -> None:
+        """Frees the communicator's memory and connections; programs that still call it get an error. Idempotent.
+
+        Wait for running programs first. On several processes, call it on all of them.
+        """
+        if self._destroyed:
+            return
+        self._destroyed = True
+        atexit.unregister(self.destroy)
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def __enter__(self) -> MoECommunicator:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.destroy()
+
+    def _expect_usable(self, op: str) -> None:
+        if self._destroyed:
+            raise ValueError(f"{op}: expected a live MoECommunicator, got one after destroy()")
+        expect_inside_shard_map(self.mesh, self.config.axis_name, op)
+        self.check()
+
+    def _expect_own_handle(self, argument: str, handle) -> None:
+        if not isinstance(handle, DispatchHandle):
+            raise TypeError(f"{argument}: expected a DispatchHandle, got {type(handle).__name__}")
+        mine = self._spec.communicator_id
+        expect(handle.communicator_id == mine, argument, "a handle of this communicator", "another communicator's")
+
+
+def _varying_axes(tree) -> frozenset[str]:
+    return frozenset().union(*(_ffi.varying_axes(leaf) for leaf in jax.tree.leaves(tree)))
+
+
+def _resolve(mesh, config: MoECommunicatorConfig) -> MoECommunicatorConfig:
+    """Checks all that needs no shape algebra, and fills in the defaults."""
+    if not isinstance(mesh, jax.sharding.Mesh):
+        raise TypeError(f"mesh: expected a jax.sharding.Mesh of devices, got {type(mesh).__name__}")
+    expect(config.axis_name in mesh.axis_names, "axis_name", f"one of {mesh.axis_names}", repr(config.axis_name))
+    for name in ("num_experts", "hidden_size", "topk", "max_tokens_per_rank", "expert_alignment"):
+        expect_int(name, getattr(config, name))
+    for name in ("max_recv_tokens_per_rank", "num_sms"):
+        if getattr(config, name) is not None:
+            expect_int(name, getattr(config, name))
+    expect(isinstance(config.mode, MoEMode), "mode", "a MoEMode", repr(config.mode))
+    expect(config.topk <= 32, "topk", "at most 32", config.topk)
+    expect(config.overflow in ("error", "drop"), "overflow", '"error" or "drop"', repr(config.overflow))
+    expect(config.timeout_s > 0, "timeout_s", "seconds above 0", config.timeout_s)
+    dtype = jnp.dtype(config.dtype)
+    expect(dtype.name in _ffi.DTYPES, "dtype", f"one of {sorted(_ffi.DTYPES)}", dtype.name)
+    num_ranks = mesh.shape[config.axis_name]
+    expect(
+        config.num_experts % num_ranks == 0, "num_experts", f"a multiple of the {num_ranks} ranks", config.num_experts
+    )
+    layout = DispatchLayout.FLAT if config.output_layout is None else config.output_layout
+    expect(isinstance(layout, DispatchLayout), "output_layout", "a DispatchLayout", repr(layout))
+    implementation = _resolve_implementation(mesh, config)
+    if implementation == "cuda":
+        row_bytes = config.hidden_size * dtype.itemsize
+        expect(row_bytes % 16 == 0, "hidden_size", "rows of a multiple of 16 bytes on CUDA", f"{row_bytes} bytes")
+    return dataclasses.replace(config, output_layout=layout, implementation=implementation)
+
+
+def _resolve_implementation(mesh, config: MoECommunicatorConfig) -> str:
+    platform = mesh.devices.flat[0].platform
+    if config.implementation is None:
+        return {"gpu": "cuda", "cpu": "cpu"}.get(platform, "reference")
+    names = ", ".join(f'"{name}"' for name in _IMPLEMENTATIONS)
+    expect(config.implementation in _IMPLEMENTATIONS, "implementation", f"one of {names}", repr(config.implementation))
+    needed = _PLATFORMS.get(config.implementation, platform)
+    expect(platform == needed, "mesh", f'{needed} devices for implementation="{config.implementation}"', platform)
+    return config.implementation
+
+
+def _moe_shape(mesh, config: MoECommunicatorConfig) -> _shapes.MoEShape:
+    num_ranks = mesh.shape[config.axis_name]
+    worst = _shapes.worst_case_capacity(
+        num_ranks=num_ranks,
+        num_local_experts=config.num_experts // num_ranks,
+        topk=config.topk,
+        max_tokens_per_rank=config.max_tokens_per_rank,
+        expert_alignment=config.expert_alignment,
+        layout=config.output_layout,
+    )
+    capacity = worst if config.max_recv_tokens_per_rank is None else config.max_recv_tokens_per_rank
+    expect(capacity < 2**31, "max_recv_tokens_per_rank", "fewer than 2**31 rows", capacity)
+    return _shapes.MoEShape(
+        num_ranks=num_ranks,
+        num_experts=config.num_experts,
+        topk=config.topk,
+        hidden_size=config.hidden_size,
+        max_tokens_per_rank=config.max_tokens_per_rank,
+        capacity=capacity,
+        expert_alignment=config.expert_alignment,
+        layout=config.output_layout,
+    )
