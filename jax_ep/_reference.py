@@ -37,18 +37,16 @@ def route(spec, topk_ids):
 
     flat = jnp.where(kept, rows, shape.capacity).reshape(-1)
     positions = jnp.arange(rows.shape[0] * rows.shape[1], dtype=jnp.int32)
-    sources = jnp.full((shape.capacity,), -1, jnp.int32).at[flat].set(
-        jnp.repeat(positions, rows.shape[2]), mode="drop"
-    )
+    sources = jnp.full((shape.capacity,), -1, jnp.int32).at[flat].set(jnp.repeat(positions, rows.shape[2]), mode="drop")
     kept_ids = jnp.where(kept, local_ids, -1)
-    num_tokens_per_expert = jnp.zeros((shape.num_local_experts,), jnp.int32).at[
-        jnp.where(kept_ids >= 0, kept_ids, shape.num_local_experts)
-    ].add(1, mode="drop")
+    num_tokens_per_expert = (
+        jnp.zeros((shape.num_local_experts,), jnp.int32)
+        .at[jnp.where(kept_ids >= 0, kept_ids, shape.num_local_experts)]
+        .add(1, mode="drop")
+    )
     recv_topk_ids = None
     if shape.layout is DispatchLayout.RANK_MAJOR:
-        recv_topk_ids = jnp.where(
-            (sources >= 0)[:, None], _take(local_ids.reshape(-1, shape.topk), sources), -1
-        )
+        recv_topk_ids = jnp.where((sources >= 0)[:, None], _take(local_ids.reshape(-1, shape.topk), sources), -1)
     routing = dict(rows=rows, sources=sources, poison=_poison(spec, all_ids, is_expert, ranks))
     return routing, num_tokens_per_expert, offsets, num_dropped, recv_topk_ids
 
@@ -81,9 +79,11 @@ def _poison(spec, all_ids, is_expert, ranks):
         hits = (ranks[..., None] == jnp.arange(shape.num_ranks)).any(2)  # [R, T, R]
         needed = hits.sum((0, 1), dtype=jnp.int32)
     else:
-        experts = jnp.zeros((shape.num_experts,), jnp.int32).at[
-            jnp.where(is_expert, all_ids, shape.num_experts)
-        ].add(1, mode="drop")
+        experts = (
+            jnp.zeros((shape.num_experts,), jnp.int32)
+            .at[jnp.where(is_expert, all_ids, shape.num_experts)]
+            .add(1, mode="drop")
+        )
         alignment = shape.expert_alignment
         needed = (-(-experts // alignment) * alignment).reshape(shape.num_ranks, -1).sum(1)
     overflows = (needed > shape.capacity) & (not spec.drop_overflow)
@@ -115,16 +115,18 @@ def dispatch(spec, x, weights, routing):
     if shape.layout is DispatchLayout.RANK_MAJOR:
         return tokens, jnp.where(is_token[:, None], _take(all_weights, sources), 0) * poison
     rows = routing["rows"].reshape(-1)
-    row_weights = jnp.zeros((shape.capacity,), weights.dtype).at[
-        jnp.where(rows >= 0, rows, shape.capacity)
-    ].set(all_weights.reshape(-1), mode="drop")
+    row_weights = (
+        jnp.zeros((shape.capacity,), weights.dtype)
+        .at[jnp.where(rows >= 0, rows, shape.capacity)]
+        .set(all_weights.reshape(-1), mode="drop")
+    )
     return tokens, row_weights * poison
 
 
 def combine(spec, y, row_weights, routing, num_tokens: int):
     """See `_combine.combine`."""
     shape, rows, poison = spec.shape, routing["rows"], routing["poison"]
-    sum_dtype = jnp.promote_types(y.dtype, jnp.float32)
+    sum_dtype = jnp.float64 if y.dtype == jnp.float64 else jnp.float32
     partial = jnp.zeros((shape.num_ranks * num_tokens, shape.hidden_size), sum_dtype)
     for k in range(shape.rows_per_slot):
         indices = rows[:, :, k].reshape(-1)

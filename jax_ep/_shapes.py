@@ -39,7 +39,12 @@ class MoEShape:
 
 
 def worst_case_capacity(
-    *, num_ranks: int, num_local_experts: int, topk: int, max_tokens_per_rank: int, expert_alignment: int,
+    *,
+    num_ranks: int,
+    num_local_experts: int,
+    topk: int,
+    max_tokens_per_rank: int,
+    expert_alignment: int,
     layout: DispatchLayout,
 ) -> int:
     """Rows that a rank receives when every token of every rank is routed to it, and padding is at its worst.

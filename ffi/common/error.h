@@ -13,8 +13,8 @@ enum class Phase : int32_t { kRoute = 0, kDispatch = 1, kCombine = 2 };
 
 struct ErrorRecord {
   ErrorCode code = ErrorCode::kNone;
-  int32_t rank = -1;     // who reports (timeout), or where it happened (overflow, expert id)
-  int32_t peer = -1;     // who was waited for
+  int32_t rank = -1;  // who reports (timeout), or where it happened (overflow, expert id)
+  int32_t peer = -1;  // who was waited for
   Phase phase = Phase::kRoute;
   int64_t expected = 0;  // epoch or arrivals (timeout), capacity (overflow), number of experts
   int64_t got = 0;       // what had come, rows needed, ids out of range

@@ -54,21 +54,22 @@ struct MoEShape {
 // The tables that routing leaves in a handle. A *slot* is one (token, destination rank): slot i of
 // (source s, destination d) is the i-th token of s, in token order, with an expert on d.
 struct RouteTables {
-  int32_t* send_slots;   // [T, R] slot of my token t at rank d, or -1
-  int32_t* send_tokens;  // [R, T] my token in slot i at rank d, -1 past send_counts[d]
-  int32_t* send_counts;  // [R] slots I fill at rank d
-  int32_t* recv_rows;    // [R, T, rows_per_slot] my output row, -1 if not mine or dropped
-  int32_t* recv_counts;  // [R] slots that rank s fills at mine
+  int32_t* send_slots;     // [T, R] slot of my token t at rank d, or -1
+  int32_t* send_tokens;    // [R, T] my token in slot i at rank d, -1 past send_counts[d]
+  int32_t* send_counts;    // [R] slots I fill at rank d
+  int32_t* recv_rows;      // [R, T, rows_per_slot] my output row, -1 if not mine or dropped
+  int32_t* recv_counts;    // [R] slots that rank s fills at mine
   int32_t* group_counts;   // [num_row_groups] rows that hold a token
   int32_t* group_offsets;  // [num_row_groups + 1] first row of each group; the last is the end
   int32_t* status;         // [kStatusSize] see StatusField
 };
 
-// `kCode` is an ErrorCode and equal on all ranks, because every rank sees every rank's routing: all of
-// them poison the same step. kRank and kDetail say where and how much, for the message.
+// `kCode` is an ErrorCode and equal on all ranks, because every rank sees every rank's routing: all
+// of them poison the same step. kRank and kDetail say where and how much, for the message.
 enum StatusField { kNumDropped = 0, kCode = 1, kRank = 2, kDetail = 3, kStatusSize = 4 };
 
-// Packs RouteTables into one int32 buffer, so that a handle is one array and an op takes one operand.
+// Packs RouteTables into one int32 buffer, so that a handle is one array and an op takes one
+// operand.
 struct RouteTablesLayout {
   int64_t send_slots, send_tokens, send_counts, recv_rows, recv_counts;
   int64_t group_counts, group_offsets, status, size;

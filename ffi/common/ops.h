@@ -29,7 +29,7 @@ struct DispatchParams {
   const void* y;             // [C, H], or null
   const float* row_weights;  // [C] with y, else null
   void* tokens;              // [C, H] written
-  float* row_scalars;        // [C, weights_per_row], or null: the weights, or with y the dot products
+  float* row_scalars;  // [C, weights_per_row], or null: the weights, or with y the dot products
 };
 
 // Sums the expert rows of every token back at its source.

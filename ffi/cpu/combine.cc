@@ -11,15 +11,16 @@ namespace {
 constexpr int64_t kTile = 1024;
 
 template <typename T>
-void SumRows(const MoEShape& shape, const CombineSource& from, int64_t slot, int64_t column, int64_t n,
-             Sum<T>* sum) {
+void SumRows(const MoEShape& shape, const CombineSource& from, int64_t slot, int64_t column,
+             int64_t n, Sum<T>* sum) {
   std::fill_n(sum, n, Sum<T>{0});
   const int per_slot = shape.rows_per_slot();
   for (int k = 0; k < per_slot; ++k) {
     const int64_t row = from.recv_rows[slot * per_slot + k];
     if (row < 0) continue;
     const float weight = from.row_weights == nullptr ? 1.0f : from.row_weights[row];
-    AddScaled(sum, reinterpret_cast<const T*>(from.y) + row * shape.hidden_size + column, weight, n);
+    AddScaled(sum, reinterpret_cast<const T*>(from.y) + row * shape.hidden_size + column, weight,
+              n);
   }
 }
 
@@ -38,7 +39,8 @@ void GatherScalars(const MoEShape& shape, const CombineSource& from, int64_t slo
 }
 
 template <typename T>
-void SumSlotsOf(const MoEShape& shape, const CombineSource& from, int64_t begin, int64_t end, T* partial) {
+void SumSlotsOf(const MoEShape& shape, const CombineSource& from, int64_t begin, int64_t end,
+                T* partial) {
   Sum<T> sum[kTile];
   const int64_t hidden = shape.hidden_size;
   for (int64_t slot = begin; slot < end; ++slot) {
@@ -51,8 +53,8 @@ void SumSlotsOf(const MoEShape& shape, const CombineSource& from, int64_t begin,
 }
 
 template <typename T>
-void CombineTokensOf(const MoEShape& shape, const std::vector<CombineSource>& from, const CombineParams& p,
-                     int64_t begin, int64_t end) {
+void CombineTokensOf(const MoEShape& shape, const std::vector<CombineSource>& from,
+                     const CombineParams& p, int64_t begin, int64_t end) {
   Sum<T> sum[kTile], total[kTile];
   const int64_t hidden = shape.hidden_size, ranks = shape.num_ranks;
   for (int64_t t = begin; t < end; ++t) {
@@ -63,7 +65,8 @@ void CombineTokensOf(const MoEShape& shape, const std::vector<CombineSource>& fr
         const int64_t slot = p.tables.send_slots[t * ranks + rank];
         if (slot < 0) continue;
         if (from[rank].partial != nullptr) {
-          AddScaled(total, reinterpret_cast<const T*>(from[rank].partial) + slot * hidden + column, 1.0f, n);
+          AddScaled(total, reinterpret_cast<const T*>(from[rank].partial) + slot * hidden + column,
+                    1.0f, n);
         } else {
           SumRows<T>(shape, from[rank], slot, column, n, sum);
           AddRounded<T>(total, sum, n);
@@ -89,8 +92,8 @@ void SumSlots(const MoEShape& shape, const CombineSource& from, int64_t begin, i
   }
 }
 
-void CombineTokens(const MoEShape& shape, const std::vector<CombineSource>& from, const CombineParams& p,
-                   int64_t begin, int64_t end) {
+void CombineTokens(const MoEShape& shape, const std::vector<CombineSource>& from,
+                   const CombineParams& p, int64_t begin, int64_t end) {
   VisitDType(shape.dtype, [&](auto* t) {
     CombineTokensOf<std::remove_pointer_t<decltype(t)>>(shape, from, p, begin, end);
   });

@@ -22,7 +22,8 @@ int MaxLocalRanks(const CommunicatorSpec& spec) {
   std::map<std::pair<size_t, int32_t>, int> ranks;
   int most = 0;
   for (size_t group = 0; group < spec.groups.size(); ++group)
-    for (const Member& member : spec.groups[group]) most = std::max(most, ++ranks[{group, member.process}]);
+    for (const Member& member : spec.groups[group])
+      most = std::max(most, ++ranks[{group, member.process}]);
   return most;
 }
 
@@ -89,21 +90,23 @@ std::string Communicator::Connect(int32_t process, PeerSegment segment) {
 
 int Communicator::NumLocal(int group) const {
   const Group& members = spec_.groups[group];
-  return static_cast<int>(std::count_if(members.begin(), members.end(),
-                                        [this](const Member& m) { return m.process == spec_.process; }));
+  return static_cast<int>(std::count_if(members.begin(), members.end(), [this](const Member& m) {
+    return m.process == spec_.process;
+  }));
 }
 
 int Communicator::LocalIndex(int group, int rank) const {
   const Group& members = spec_.groups[group];
-  return static_cast<int>(std::count_if(members.begin(), members.begin() + rank, [&](const Member& m) {
-    return m.process == members[rank].process;
-  }));
+  return static_cast<int>(
+      std::count_if(members.begin(), members.begin() + rank,
+                    [&](const Member& m) { return m.process == members[rank].process; }));
 }
 
 std::vector<int32_t> Communicator::RemoteProcesses(int group) const {
   std::vector<int32_t> remote;
   for (const Member& member : spec_.groups[group])
-    if (member.process != spec_.process && std::find(remote.begin(), remote.end(), member.process) == remote.end())
+    if (member.process != spec_.process &&
+        std::find(remote.begin(), remote.end(), member.process) == remote.end())
       remote.push_back(member.process);
   return remote;
 }
@@ -149,8 +152,8 @@ void Communicator::Run(Job& job) {
   changed_.notify_all();
 }
 
-// Tells all local ranks that the op is over. A continuation may block until another rank's has run, so
-// each gets a thread of its own.
+// Tells all local ranks that the op is over. A continuation may block until another rank's has run,
+// so each gets a thread of its own.
 void Communicator::Finish(Job& job, const ErrorRecord& error) {
   Record(error);
   for (Arrival& arrival : job.arrivals)
@@ -173,19 +176,24 @@ ErrorRecord Communicator::MissingArrival(const Job& job) const {
   const Group& members = spec_.groups[job.key.group];
   int missing = 0;
   const auto has_come = [&](int rank) {
-    return std::any_of(job.arrivals.begin(), job.arrivals.end(), [&](const Arrival& a) { return a.rank == rank; });
+    return std::any_of(job.arrivals.begin(), job.arrivals.end(),
+                       [&](const Arrival& a) { return a.rank == rank; });
   };
   while (members[missing].process != spec_.process || has_come(missing)) ++missing;
-  return {ErrorCode::kTimeout, job.arrivals[0].rank, missing, PhaseOf(job.arrivals[0].params),
-          NumLocal(static_cast<int>(job.key.group)), static_cast<int64_t>(job.arrivals.size())};
+  return {ErrorCode::kTimeout,
+          job.arrivals[0].rank,
+          missing,
+          PhaseOf(job.arrivals[0].params),
+          NumLocal(static_cast<int>(job.key.group)),
+          static_cast<int64_t>(job.arrivals.size())};
 }
 
 void Communicator::WatchDeadlines() {
   std::unique_lock<std::mutex> lock(mutex_);
   for (;;) {
-    const auto late = std::min_element(waiting_.begin(), waiting_.end(), [](const auto& a, const auto& b) {
-      return a.second.deadline < b.second.deadline;
-    });
+    const auto late = std::min_element(
+        waiting_.begin(), waiting_.end(),
+        [](const auto& a, const auto& b) { return a.second.deadline < b.second.deadline; });
     if (late == waiting_.end()) {
       if (closing_) return;
       changed_.wait(lock);
@@ -202,7 +210,8 @@ void Communicator::WatchDeadlines() {
   }
 }
 
-ErrorRecord Communicator::RunAcrossProcesses(const Job& job, const std::vector<int32_t>& processes) {
+ErrorRecord Communicator::RunAcrossProcesses(const Job& job,
+                                             const std::vector<int32_t>& processes) {
   ErrorRecord error = Publish(job, static_cast<int>(processes.size()));
   if (error.code != ErrorCode::kNone) return error;
   std::map<int32_t, int> lane_of;
@@ -220,7 +229,8 @@ ErrorRecord Communicator::RunAcrossProcesses(const Job& job, const std::vector<i
   }
   Compute(job, remote);
   for (const auto& [process, lane] : lane_of)
-    layout_.Header(peers_.at(process).data(), lane)->readers_left.fetch_sub(1, std::memory_order_release);
+    layout_.Header(peers_.at(process).data(), lane)
+        ->readers_left.fetch_sub(1, std::memory_order_release);
   return {};
 }
 
@@ -246,7 +256,9 @@ ErrorRecord Communicator::Publish(const Job& job, int num_readers) {
   LaneHeader* header = layout_.Header(segment_.data(), lane);
   header->SetKey(job.key);
   for (const Arrival& arrival : job.arrivals)
-    PublishRank(job, arrival, layout_.Rank(segment_.data(), lane, LocalIndex(static_cast<int>(job.key.group), arrival.rank)));
+    PublishRank(job, arrival,
+                layout_.Rank(segment_.data(), lane,
+                             LocalIndex(static_cast<int>(job.key.group), arrival.rank)));
   header->readers_left.store(num_readers, std::memory_order_release);
   std::lock_guard<std::mutex> lock(mutex_);
   lane_taken_[lane] = false;
@@ -263,7 +275,8 @@ void Communicator::PublishRank(const Job& job, const Arrival& arrival, std::byte
   } else if (const auto* dispatch = std::get_if<DispatchParams>(&arrival.params)) {
     const int64_t tokens = dispatch->num_tokens;
     put(layout_.x, dispatch->x, tokens * shape.row_bytes());
-    if (dispatch->weights != nullptr) put(layout_.weights, dispatch->weights, tokens * shape.topk * 4);
+    if (dispatch->weights != nullptr)
+      put(layout_.weights, dispatch->weights, tokens * shape.topk * 4);
     put(layout_.send_tokens, dispatch->tables.send_tokens, shape.num_ranks * tokens * 4);
   } else {
     // Summed before they travel: one row per (token, rank) instead of up to K.
@@ -277,7 +290,8 @@ void Communicator::PublishRank(const Job& job, const Arrival& arrival, std::byte
           static_cast<const std::byte*>(combine.y), combine.row_weights, combine.row_scalars,
           combine.tables.recv_rows + source * combine.num_tokens * shape.rows_per_slot()};
       SumSlots(shape, from, begin, end, at + layout_.partial + source * layout_.partial_stride,
-               reinterpret_cast<float*>(at + layout_.partial_scalars + source * layout_.partial_scalars_stride));
+               reinterpret_cast<float*>(at + layout_.partial_scalars +
+                                        source * layout_.partial_scalars_stride));
     });
   }
 }
@@ -292,9 +306,14 @@ ErrorRecord Communicator::WaitForPeer(const Job& job, int32_t process, int* lane
     backoff.Pause();
   }
   const Group& members = spec_.groups[job.key.group];
-  const auto peer = std::find_if(members.begin(), members.end(), [&](const Member& m) { return m.process == process; });
-  return {ErrorCode::kTimeout, job.arrivals[0].rank, static_cast<int32_t>(peer - members.begin()),
-          PhaseOf(job.arrivals[0].params), 1, 0};
+  const auto peer = std::find_if(members.begin(), members.end(),
+                                 [&](const Member& m) { return m.process == process; });
+  return {ErrorCode::kTimeout,
+          job.arrivals[0].rank,
+          static_cast<int32_t>(peer - members.begin()),
+          PhaseOf(job.arrivals[0].params),
+          1,
+          0};
 }
 
 void Communicator::Compute(const Job& job, const RemoteRanks& remote) {
@@ -310,7 +329,8 @@ void Communicator::Compute(const Job& job, const RemoteRanks& remote) {
 
 void Communicator::ComputeRoute(const Job& job, const RemoteRanks& remote) {
   std::vector<const int32_t*> topk_ids;
-  for (std::byte* at : remote) topk_ids.push_back(reinterpret_cast<const int32_t*>(at + layout_.topk_ids));
+  for (std::byte* at : remote)
+    topk_ids.push_back(reinterpret_cast<const int32_t*>(at + layout_.topk_ids));
   for (const Arrival& arrival : job.arrivals)
     topk_ids[arrival.rank] = std::get<RouteParams>(arrival.params).topk_ids;
   ParallelFor(static_cast<int64_t>(job.arrivals.size()), [&](int64_t i) {
@@ -324,11 +344,13 @@ void Communicator::ComputeDispatch(const Job& job, const RemoteRanks& remote) {
   const bool weighted = std::get<DispatchParams>(job.arrivals[0].params).weights != nullptr;
   std::vector<DispatchSource> sources;
   for (const std::byte* at : remote)
-    sources.push_back({at + layout_.x, weighted ? reinterpret_cast<const float*>(at + layout_.weights) : nullptr,
+    sources.push_back({at + layout_.x,
+                       weighted ? reinterpret_cast<const float*>(at + layout_.weights) : nullptr,
                        reinterpret_cast<const int32_t*>(at + layout_.send_tokens)});
   for (const Arrival& arrival : job.arrivals) {
     const auto& params = std::get<DispatchParams>(arrival.params);
-    sources[arrival.rank] = {static_cast<const std::byte*>(params.x), params.weights, params.tables.send_tokens};
+    sources[arrival.rank] = {static_cast<const std::byte*>(params.x), params.weights,
+                             params.tables.send_tokens};
   }
   Pieces pieces(kSlotsPerPiece);
   for (size_t i = 0; i < job.arrivals.size(); ++i) {
@@ -340,11 +362,13 @@ void Communicator::ComputeDispatch(const Job& job, const RemoteRanks& remote) {
   pieces.ForEach([&](int64_t index, int64_t begin, int64_t end) {
     const Arrival& arrival = job.arrivals[index / ranks];
     const int source = static_cast<int>(index % ranks);
-    ExpandSlots(spec_.shape, arrival.rank, source, sources[source], std::get<DispatchParams>(arrival.params), begin, end);
+    ExpandSlots(spec_.shape, arrival.rank, source, sources[source],
+                std::get<DispatchParams>(arrival.params), begin, end);
   });
   ParallelFor(static_cast<int64_t>(job.arrivals.size()), [&](int64_t i) {
     const auto& params = std::get<DispatchParams>(job.arrivals[i].params);
-    params.tables.status[kCode] != 0 ? PoisonDispatch(spec_.shape, params) : FillPadding(spec_.shape, params);
+    params.tables.status[kCode] != 0 ? PoisonDispatch(spec_.shape, params)
+                                     : FillPadding(spec_.shape, params);
   });
 }
 
@@ -365,8 +389,9 @@ void Communicator::ComputeCombine(const Job& job, const RemoteRanks& remote) {
     }
     for (const Arrival& expert : job.arrivals) {
       const auto& from = std::get<CombineParams>(expert.params);
-      sources[expert.rank] = {static_cast<const std::byte*>(from.y), from.row_weights, from.row_scalars,
-                              from.tables.recv_rows + me * params.num_tokens * shape.rows_per_slot()};
+      sources[expert.rank] = {
+          static_cast<const std::byte*>(from.y), from.row_weights, from.row_scalars,
+          from.tables.recv_rows + me * params.num_tokens * shape.rows_per_slot()};
     }
     CombineTokens(shape, sources, params, begin, end);
   });

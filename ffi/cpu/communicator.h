@@ -25,15 +25,16 @@ namespace jax_ep::cpu {
 using OpParams = std::variant<RouteParams, DispatchParams, CombineParams>;
 using DoneCallback = std::function<void(const ErrorRecord&)>;
 
-// Brings the ranks of a group together for one op at a time. Nothing blocks the caller: when the last
-// local rank has come, a thread of the op's own exchanges with other processes, computes on all cores,
-// and calls every rank's `done`. Safe to call from any thread.
+// Brings the ranks of a group together for one op at a time. Nothing blocks the caller: when the
+// last local rank has come, a thread of the op's own exchanges with other processes, computes on
+// all cores, and calls every rank's `done`. Safe to call from any thread.
 class Communicator {
  public:
   explicit Communicator(CommunicatorSpec spec);
   ~Communicator();
 
-  // Sets up what other processes map; not needed when all members are local. Both return an error text.
+  // Sets up what other processes map; not needed when all members are local. Both return an error
+  // text.
   std::string Prepare();
   struct PeerSegment {
     int32_t pid, fd;
@@ -44,9 +45,11 @@ class Communicator {
   int64_t arena_bytes() const { return segment_.data() == nullptr ? 0 : layout_.segment_bytes; }
 
   // `ordinal` names the device. `done` is called once, on a thread where it may block.
-  void Submit(int32_t ordinal, const OpKey& key_without_group, const OpParams& params, DoneCallback done);
+  void Submit(int32_t ordinal, const OpKey& key_without_group, const OpParams& params,
+              DoneCallback done);
 
-  // Returns the first error since the last call, and forgets it unless the communicator is beyond use.
+  // Returns the first error since the last call, and forgets it unless the communicator is beyond
+  // use.
   ErrorRecord TakeError();
   int64_t NextSite() { return next_site_++; }
   const CommunicatorSpec& spec() const { return spec_; }
@@ -97,7 +100,7 @@ class Communicator {
   int num_running_ = 0;
   bool closing_ = false;
   ErrorRecord error_;
-  bool failed_ = false;  // a peer was lost: no later op can succeed
+  bool failed_ = false;              // a peer was lost: no later op can succeed
   bool lane_taken_[kNumLanes] = {};  // from before it is written until after it is published
   std::thread watchdog_;
 };

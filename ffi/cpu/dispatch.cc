@@ -9,7 +9,8 @@ namespace {
 
 void ZeroRows(const MoEShape& shape, const DispatchParams& p, int64_t begin, int64_t end) {
   if (begin >= end) return;
-  std::memset(static_cast<std::byte*>(p.tokens) + begin * shape.row_bytes(), 0, (end - begin) * shape.row_bytes());
+  std::memset(static_cast<std::byte*>(p.tokens) + begin * shape.row_bytes(), 0,
+              (end - begin) * shape.row_bytes());
   const int64_t per_row = shape.weights_per_row();
   if (p.row_scalars != nullptr)
     std::memset(p.row_scalars + begin * per_row, 0, (end - begin) * per_row * sizeof(float));
@@ -40,7 +41,9 @@ void ExpandSlots(const MoEShape& shape, int me, int source, const DispatchSource
       const int64_t row = rows_of_source[slot * per_slot + k];
       if (row < 0) continue;
       if (p.y != nullptr) {
-        VisitDType(shape.dtype, [&](auto* t) { ScaleRow<std::remove_pointer_t<decltype(t)>>(shape, p, x, row); });
+        VisitDType(shape.dtype, [&](auto* t) {
+          ScaleRow<std::remove_pointer_t<decltype(t)>>(shape, p, x, row);
+        });
         continue;
       }
       std::memcpy(tokens + row * shape.row_bytes(), x, shape.row_bytes());

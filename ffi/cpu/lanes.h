@@ -15,8 +15,9 @@ namespace jax_ep::cpu {
 // More executions than this in flight at a time wait for one another.
 constexpr int kNumLanes = 64;
 
-// One execution of one op by one group; equal in all its processes. `site` numbers the op's call sites
-// in the order in which the process loaded them, `occurrence` the executions within one program run.
+// One execution of one op by one group; equal in all its processes. `site` numbers the op's call
+// sites in the order in which the process loaded them, `occurrence` the executions within one
+// program run.
 struct OpKey {
   int64_t group = 0, site = 0, run_id = 0, occurrence = 0;
 
@@ -35,15 +36,16 @@ struct OpKeyHash {
 };
 
 // Lives in shared memory. The owner writes the key (release), then the lane, then `readers_left`
-// (release), which makes the lane visible to who acquires it. Each reading process lowers it once when it
-// has read (release); 0 gives the lane back to its owner.
+// (release), which makes the lane visible to who acquires it. Each reading process lowers it once
+// when it has read (release); 0 gives the lane back to its owner.
 struct LaneHeader {
   std::atomic<int32_t> readers_left;
   std::atomic<int32_t> phase;
   std::atomic<int64_t> group, site, run_id, occurrence, num_tokens;
 
   bool Holds(const OpKey& key) const {
-    // In this order: a key that is just being replaced is seen no later than that nobody may read yet.
+    // In this order: a key that is just being replaced is seen no later than that nobody may read
+    // yet.
     return key == Key() && readers_left.load(std::memory_order_acquire) > 0;
   }
   void SetKey(const OpKey& key) {
@@ -55,7 +57,8 @@ struct LaneHeader {
  private:
   OpKey Key() const {
     constexpr auto acquire = std::memory_order_acquire;
-    return {group.load(acquire), site.load(acquire), run_id.load(acquire), occurrence.load(acquire)};
+    return {group.load(acquire), site.load(acquire), run_id.load(acquire),
+            occurrence.load(acquire)};
   }
 };
 

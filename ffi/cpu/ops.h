@@ -28,13 +28,14 @@ void ExpandSlots(const MoEShape& shape, int me, int source, const DispatchSource
 void FillPadding(const MoEShape& shape, const DispatchParams& params);
 void PoisonDispatch(const MoEShape& shape, const DispatchParams& params);
 
-// What an expert rank lets the others read: its rows, or, from another process, their sums per slot.
+// What an expert rank lets the others read: its rows, or, from another process, their sums per
+// slot.
 struct CombineSource {
   const std::byte* y = nullptr;
   const float* row_weights = nullptr;
   const float* row_scalars = nullptr;
-  const int32_t* recv_rows = nullptr;  // [T, rows_per_slot] for the reading rank
-  const std::byte* partial = nullptr;  // [T, H]
+  const int32_t* recv_rows = nullptr;      // [T, rows_per_slot] for the reading rank
+  const std::byte* partial = nullptr;      // [T, H]
   const float* partial_scalars = nullptr;  // [T, K]
 };
 // Sums slots [begin, end) of what `from` owes one source rank into rows of `partial`.

@@ -7,7 +7,9 @@
 namespace jax_ep::cpu {
 namespace {
 
-int64_t AlignUp(int64_t n, int64_t alignment) { return (n + alignment - 1) / alignment * alignment; }
+int64_t AlignUp(int64_t n, int64_t alignment) {
+  return (n + alignment - 1) / alignment * alignment;
+}
 
 bool IsExpert(const MoEShape& shape, int32_t id) { return id >= 0 && id < shape.num_experts; }
 
@@ -17,7 +19,8 @@ struct Totals {
   std::vector<int64_t> bad_ids;          // [R]
 };
 
-Totals Count(const MoEShape& shape, const std::vector<const int32_t*>& topk_ids, int64_t num_tokens) {
+Totals Count(const MoEShape& shape, const std::vector<const int32_t*>& topk_ids,
+             int64_t num_tokens) {
   const int ranks = shape.num_ranks, local = shape.local_experts();
   Totals totals{std::vector<int64_t>(shape.num_experts), std::vector<int64_t>(ranks * ranks),
                 std::vector<int64_t>(ranks)};
@@ -45,18 +48,21 @@ Totals Count(const MoEShape& shape, const std::vector<const int32_t*>& topk_ids,
 int64_t RowsNeeded(const MoEShape& shape, const Totals& totals, int rank) {
   int64_t rows = 0;
   if (shape.layout == OutputLayout::kRankMajor) {
-    for (int source = 0; source < shape.num_ranks; ++source) rows += totals.slots[source * shape.num_ranks + rank];
+    for (int source = 0; source < shape.num_ranks; ++source)
+      rows += totals.slots[source * shape.num_ranks + rank];
     return rows;
   }
   for (int e = 0; e < shape.local_experts(); ++e)
-    rows += AlignUp(totals.rows_per_expert[rank * shape.local_experts() + e], shape.expert_alignment);
+    rows +=
+        AlignUp(totals.rows_per_expert[rank * shape.local_experts() + e], shape.expert_alignment);
   return rows;
 }
 
 ErrorRecord FindError(const MoEShape& shape, const Totals& totals) {
   for (int rank = 0; rank < shape.num_ranks; ++rank)
     if (totals.bad_ids[rank] > 0)
-      return {ErrorCode::kBadExpertId, rank, -1, Phase::kRoute, shape.num_experts, totals.bad_ids[rank]};
+      return {ErrorCode::kBadExpertId, rank, -1, Phase::kRoute, shape.num_experts,
+              totals.bad_ids[rank]};
   if (!shape.drop_overflow) {
     for (int rank = 0; rank < shape.num_ranks; ++rank)
       if (const int64_t rows = RowsNeeded(shape, totals, rank); rows > shape.capacity)
@@ -96,11 +102,15 @@ std::vector<int64_t> GroupOffsets(const MoEShape& shape, int me, const Totals& t
   return offsets;
 }
 
-// Gives each row its place by (group, source, token, k). Rows past the capacity are dropped and counted.
+// Gives each row its place by (group, source, token, k). Rows past the capacity are dropped and
+// counted.
 class RowPlacer {
  public:
   RowPlacer(const MoEShape& shape, int me, const RouteParams& params, std::vector<int64_t> offsets)
-      : shape_(shape), first_expert_(me * shape.local_experts()), params_(params), next_(std::move(offsets)) {}
+      : shape_(shape),
+        first_expert_(me * shape.local_experts()),
+        params_(params),
+        next_(std::move(offsets)) {}
 
   void Place(int source, const int32_t* topk_ids) {
     const int per_slot = shape_.rows_per_slot();
@@ -108,7 +118,8 @@ class RowPlacer {
     int32_t slot = 0;
     for (int64_t t = 0; t < params_.num_tokens; ++t) {
       const int32_t* ids = topk_ids + t * shape_.topk;
-      const bool mine = std::any_of(ids, ids + shape_.topk, [this](int32_t id) { return IsMine(id); });
+      const bool mine =
+          std::any_of(ids, ids + shape_.topk, [this](int32_t id) { return IsMine(id); });
       if (mine) PlaceToken(source, ids, rows + slot++ * per_slot);
     }
     params_.tables.recv_counts[source] = slot;
@@ -116,7 +127,9 @@ class RowPlacer {
   int32_t num_dropped() const { return num_dropped_; }
 
  private:
-  bool IsMine(int32_t id) const { return id >= first_expert_ && id < first_expert_ + shape_.local_experts(); }
+  bool IsMine(int32_t id) const {
+    return id >= first_expert_ && id < first_expert_ + shape_.local_experts();
+  }
 
   int32_t NextRow(int group) {
     const int64_t row = next_[group]++;
@@ -136,7 +149,8 @@ class RowPlacer {
       }
       return;
     }
-    for (int k = 0; k < shape_.topk; ++k) rows[k] = IsMine(ids[k]) ? NextRow(ids[k] - first_expert_) : -1;
+    for (int k = 0; k < shape_.topk; ++k)
+      rows[k] = IsMine(ids[k]) ? NextRow(ids[k] - first_expert_) : -1;
   }
 
   const MoEShape& shape_;
@@ -159,7 +173,8 @@ ErrorRecord Route(const MoEShape& shape, int me, const std::vector<const int32_t
   std::fill_n(tables.recv_rows, ranks * params.num_tokens * shape.rows_per_slot(), -1);
   std::fill_n(tables.group_counts, groups, 0);
   std::fill_n(params.num_tokens_per_expert, shape.local_experts(), 0);
-  if (shape.layout == OutputLayout::kRankMajor) std::fill_n(params.recv_topk_ids, shape.capacity * shape.topk, -1);
+  if (shape.layout == OutputLayout::kRankMajor)
+    std::fill_n(params.recv_topk_ids, shape.capacity * shape.topk, -1);
 
   std::vector<int64_t> offsets = GroupOffsets(shape, me, totals);
   RowPlacer placer(shape, me, params, offsets);

@@ -3,11 +3,12 @@
 #include <cstring>
 #include <limits>
 
-// One binary serves every x86-64: the loader picks the widest version that the machine has. Sanitizers
-// start before the loader can pick.
+// One binary serves every x86-64: the loader picks the widest version that the machine has.
+// Sanitizers start before the loader can pick.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \
     !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
-#define JAX_EP_CLONES __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+#define JAX_EP_CLONES \
+  __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
 #else
 #define JAX_EP_CLONES
 #endif
@@ -30,8 +31,8 @@ JAX_EP_INLINE float FromBits(uint32_t u) {
 JAX_EP_INLINE float Load(float x) { return x; }
 JAX_EP_INLINE double Load(double x) { return x; }
 JAX_EP_INLINE float Load(BF16 x) { return FromBits(uint32_t{x.bits} << 16); }
-// Shifting puts the half's fields into a float's, 112 exponents too low; the product mends that, for
-// subnormal halves too. Infinity and NaN keep their exponent at the top.
+// Shifting puts the half's fields into a float's, 112 exponents too low; the product mends that,
+// for subnormal halves too. Infinity and NaN keep their exponent at the top.
 JAX_EP_INLINE float Load(F16 x) {
   const uint32_t sign = uint32_t{x.bits} << 16 & 0x80000000u;
   const uint32_t magnitude = uint32_t{x.bits} << 13 & 0x0fffe000u;
@@ -42,15 +43,16 @@ JAX_EP_INLINE float Load(F16 x) {
 
 JAX_EP_INLINE void Round(float x, float& out) { out = x; }
 JAX_EP_INLINE void Round(double x, double& out) { out = x; }
-// Round to nearest even: add half of the last kept place, or just under half when that place is even.
+// Round to nearest even: add half of the last kept place, or just under half when that place is
+// even.
 JAX_EP_INLINE void Round(float x, BF16& out) {
   const uint32_t u = Bits(x);
   const uint32_t rounded = u + 0x7fffu + (u >> 16 & 1u);
   const uint32_t quiet_nan = u | 0x400000u;
   out.bits = static_cast<uint16_t>(((u & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded) >> 16);
 }
-// Normal halves round like BF16, after moving the exponent down by 112. For subnormal ones, adding 0.5
-// aligns the bits that remain to the end of the float's mantissa, and the addition rounds.
+// Normal halves round like BF16, after moving the exponent down by 112. For subnormal ones, adding
+// 0.5 aligns the bits that remain to the end of the float's mantissa, and the addition rounds.
 JAX_EP_INLINE void Round(float x, F16& out) {
   const uint32_t u = Bits(x);
   const uint32_t magnitude = u & 0x7fffffffu;
@@ -70,11 +72,13 @@ JAX_EP_INLINE Sum<T> Rounded(Sum<T> x) {
 }
 
 template <typename T>
-JAX_EP_INLINE void AddScaledLoop(Sum<T>* __restrict sum, const T* __restrict row, float weight, int64_t n) {
+JAX_EP_INLINE void AddScaledLoop(Sum<T>* __restrict sum, const T* __restrict row, float weight,
+                                 int64_t n) {
   for (int64_t i = 0; i < n; ++i) sum[i] += Sum<T>{weight} * Load(row[i]);
 }
 template <typename T>
-JAX_EP_INLINE void AddRoundedLoop(Sum<T>* __restrict total, const Sum<T>* __restrict sum, int64_t n) {
+JAX_EP_INLINE void AddRoundedLoop(Sum<T>* __restrict total, const Sum<T>* __restrict sum,
+                                  int64_t n) {
   for (int64_t i = 0; i < n; ++i) total[i] += Rounded<T>(sum[i]);
 }
 template <typename T>
@@ -107,27 +111,27 @@ void FillNaN(T* row, int64_t n) {
   for (int64_t i = 0; i < n; ++i) row[i] = nan;
 }
 
-#define JAX_EP_ROWS_OF(T)                                                                   \
-  template <>                                                                               \
-  JAX_EP_CLONES void AddScaled<T>(Sum<T> * sum, const T* row, float weight, int64_t n) {    \
-    AddScaledLoop<T>(sum, row, weight, n);                                                  \
-  }                                                                                         \
-  template <>                                                                               \
-  JAX_EP_CLONES void AddRounded<T>(Sum<T> * total, const Sum<T>* sum, int64_t n) {          \
-    AddRoundedLoop<T>(total, sum, n);                                                       \
-  }                                                                                         \
-  template <>                                                                               \
-  JAX_EP_CLONES void Store<T>(T * row, const Sum<T>* sum, int64_t n) {                      \
-    StoreLoop<T>(row, sum, n);                                                              \
-  }                                                                                         \
-  template <>                                                                               \
-  JAX_EP_CLONES void Scale<T>(T * out, const T* row, float weight, int64_t n) {             \
-    ScaleLoop<T>(out, row, weight, n);                                                      \
-  }                                                                                         \
-  template <>                                                                               \
-  JAX_EP_CLONES float Dot<T>(const T* a, const T* b, int64_t n) {                           \
-    return DotLoop<T>(a, b, n);                                                             \
-  }                                                                                         \
+#define JAX_EP_ROWS_OF(T)                                                                \
+  template <>                                                                            \
+  JAX_EP_CLONES void AddScaled<T>(Sum<T> * sum, const T* row, float weight, int64_t n) { \
+    AddScaledLoop<T>(sum, row, weight, n);                                               \
+  }                                                                                      \
+  template <>                                                                            \
+  JAX_EP_CLONES void AddRounded<T>(Sum<T> * total, const Sum<T>* sum, int64_t n) {       \
+    AddRoundedLoop<T>(total, sum, n);                                                    \
+  }                                                                                      \
+  template <>                                                                            \
+  JAX_EP_CLONES void Store<T>(T * row, const Sum<T>* sum, int64_t n) {                   \
+    StoreLoop<T>(row, sum, n);                                                           \
+  }                                                                                      \
+  template <>                                                                            \
+  JAX_EP_CLONES void Scale<T>(T * out, const T* row, float weight, int64_t n) {          \
+    ScaleLoop<T>(out, row, weight, n);                                                   \
+  }                                                                                      \
+  template <>                                                                            \
+  JAX_EP_CLONES float Dot<T>(const T* a, const T* b, int64_t n) {                        \
+    return DotLoop<T>(a, b, n);                                                          \
+  }                                                                                      \
   template void FillNaN<T>(T*, int64_t);
 
 JAX_EP_ROWS_OF(F16)

@@ -31,7 +31,8 @@ void Store(T* row, const Sum<T>* sum, int64_t n);
 // out[i] = weight * row[i]
 template <typename T>
 void Scale(T* out, const T* row, float weight, int64_t n);
-// The products are added in 16 fixed lanes, so that the result does not depend on the machine's vectors.
+// The products are added in 16 fixed lanes, so that the result does not depend on the machine's
+// vectors.
 template <typename T>
 float Dot(const T* a, const T* b, int64_t n);
 template <typename T>

@@ -32,7 +32,8 @@ SharedMemory::~SharedMemory() {
 
 std::string SharedMemory::Map(size_t bytes) {
   void* at = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd_, 0);
-  if (at == MAP_FAILED) return Failed("mapping " + std::to_string(bytes) + " bytes of shared memory");
+  if (at == MAP_FAILED)
+    return Failed("mapping " + std::to_string(bytes) + " bytes of shared memory");
   data_ = static_cast<std::byte*>(at);
   bytes_ = bytes;
   return "";
@@ -58,7 +59,8 @@ std::string SharedMemory::Open(int32_t pid, int32_t fd, size_t bytes) {
 SharedMemory::~SharedMemory() = default;
 
 namespace {
-const char kLinuxOnly[] = "CPU groups across processes need Linux; use implementation=\"reference\"";
+const char kLinuxOnly[] =
+    "CPU groups across processes need Linux; use implementation=\"reference\"";
 }  // namespace
 
 std::string SharedMemory::Map(size_t) { return kLinuxOnly; }

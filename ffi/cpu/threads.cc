@@ -38,7 +38,8 @@ void Serve(TaskQueue& queue) {
 struct Loop {
   explicit Loop(int64_t count, const std::function<void(int64_t)>& f) : n(count), body(f) {}
 
-  // Returns after this thread found nothing left to start. A worker that comes late touches no `body`.
+  // Returns after this thread found nothing left to start. A worker that comes late touches no
+  // `body`.
   void Work() {
     int64_t finished = 0;
     for (int64_t i = next++; i < n; i = next++, ++finished) body(i);

@@ -6,11 +6,12 @@
 
 namespace jax_ep::cpu {
 
-// Runs `task` on a thread of its own, so that tasks may wait for each other without limit; threads are
-// reused when idle.
+// Runs `task` on a thread of its own, so that tasks may wait for each other without limit; threads
+// are reused when idle.
 void RunOnOwnThread(std::function<void()> task);
 
-// Calls body(0) ... body(n - 1), each once, on all cores including the caller's. Bodies must not wait.
+// Calls body(0) ... body(n - 1), each once, on all cores including the caller's. Bodies must not
+// wait.
 void ParallelFor(int64_t n, const std::function<void(int64_t)>& body);
 
 }  // namespace jax_ep::cpu

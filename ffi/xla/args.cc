@@ -8,15 +8,16 @@ class Checks {
  public:
   void Elements(const char* name, int64_t got, int64_t expected) {
     if (got != expected && error_.empty())
-      error_ = std::string("jax_ep: ") + name + ": expected " + std::to_string(expected) + " elements, got " +
-               std::to_string(got);
+      error_ = std::string("jax_ep: ") + name + ": expected " + std::to_string(expected) +
+               " elements, got " + std::to_string(got);
   }
   void Type(const char* name, ffi::DataType got, DType expected) {
     static constexpr ffi::DataType kTypes[] = {ffi::F16, ffi::BF16, ffi::F32, ffi::F64};
     const ffi::DataType type = kTypes[static_cast<int>(expected)];
     if (got != type && error_.empty())
-      error_ = std::string("jax_ep: ") + name + ": expected XLA type " + std::to_string(static_cast<int>(type)) +
-               ", got " + std::to_string(static_cast<int>(got));
+      error_ = std::string("jax_ep: ") + name + ": expected XLA type " +
+               std::to_string(static_cast<int>(type)) + ", got " +
+               std::to_string(static_cast<int>(got));
   }
   template <typename Params>
   ffi::ErrorOr<Params> Result(const Params& params) const {
@@ -36,13 +37,15 @@ int64_t Size(const Buffer& buffer) {
 float* OrNull(const Floats& buffer) { return Size(buffer) == 0 ? nullptr : buffer.typed_data(); }
 
 // [T, H] or [C, H]; T may be 0.
-int64_t Rows(const ffi::AnyBuffer& buffer) { return buffer.dimensions().size() == 0 ? 0 : buffer.dimensions()[0]; }
+int64_t Rows(const ffi::AnyBuffer& buffer) {
+  return buffer.dimensions().size() == 0 ? 0 : buffer.dimensions()[0];
+}
 
 }  // namespace
 
 ffi::ErrorOr<RouteParams> ParseRoute(const MoEShape& shape, Ints topk_ids, IntsOut tables,
-                                     IntsOut num_tokens_per_expert, IntsOut offsets, IntsOut num_dropped,
-                                     IntsOut recv_topk_ids) {
+                                     IntsOut num_tokens_per_expert, IntsOut offsets,
+                                     IntsOut num_dropped, IntsOut recv_topk_ids) {
   const int64_t tokens = Size(topk_ids) / shape.topk;
   const RouteTablesLayout layout(shape, tokens);
   const bool rank_major = shape.layout == OutputLayout::kRankMajor;
@@ -52,16 +55,18 @@ ffi::ErrorOr<RouteParams> ParseRoute(const MoEShape& shape, Ints topk_ids, IntsO
   checks.Elements("num_tokens_per_expert", Size(*num_tokens_per_expert), shape.local_experts());
   checks.Elements("offsets", Size(*offsets), shape.num_row_groups() + 1);
   checks.Elements("num_dropped", Size(*num_dropped), 1);
-  checks.Elements("recv_topk_ids", Size(*recv_topk_ids), rank_major ? shape.capacity * shape.topk : 0);
-  if (tokens > shape.max_tokens_per_rank) checks.Elements("tokens", tokens, shape.max_tokens_per_rank);
+  checks.Elements("recv_topk_ids", Size(*recv_topk_ids),
+                  rank_major ? shape.capacity * shape.topk : 0);
+  if (tokens > shape.max_tokens_per_rank)
+    checks.Elements("tokens", tokens, shape.max_tokens_per_rank);
   return checks.Result(RouteParams{tokens, topk_ids.typed_data(), layout.At(tables->typed_data()),
                                    num_tokens_per_expert->typed_data(), offsets->typed_data(),
                                    num_dropped->typed_data(), recv_topk_ids->typed_data()});
 }
 
-ffi::ErrorOr<DispatchParams> ParseDispatch(const MoEShape& shape, ffi::AnyBuffer x, Floats weights, Ints tables,
-                                           ffi::AnyBuffer y, Floats row_weights, AnyOut tokens,
-                                           FloatsOut row_scalars) {
+ffi::ErrorOr<DispatchParams> ParseDispatch(const MoEShape& shape, ffi::AnyBuffer x, Floats weights,
+                                           Ints tables, ffi::AnyBuffer y, Floats row_weights,
+                                           AnyOut tokens, FloatsOut row_scalars) {
   const int64_t num_tokens = Rows(x), rows = shape.capacity;
   const RouteTablesLayout layout(shape, num_tokens);
   const bool scaled = Size(row_weights) > 0;
@@ -78,15 +83,19 @@ ffi::ErrorOr<DispatchParams> ParseDispatch(const MoEShape& shape, ffi::AnyBuffer
     checks.Elements("row_weights", Size(row_weights), rows);
   }
   if (Size(*row_scalars) > 0 || scaled)
-    checks.Elements("row_scalars", Size(*row_scalars), rows * (scaled ? 1 : shape.weights_per_row()));
-  if (num_tokens > shape.max_tokens_per_rank) checks.Elements("tokens", num_tokens, shape.max_tokens_per_rank);
-  return checks.Result(DispatchParams{num_tokens, x.untyped_data(), OrNull(weights), layout.At(tables.typed_data()),
+    checks.Elements("row_scalars", Size(*row_scalars),
+                    rows * (scaled ? 1 : shape.weights_per_row()));
+  if (num_tokens > shape.max_tokens_per_rank)
+    checks.Elements("tokens", num_tokens, shape.max_tokens_per_rank);
+  return checks.Result(DispatchParams{num_tokens, x.untyped_data(), OrNull(weights),
+                                      layout.At(tables.typed_data()),
                                       scaled ? y.untyped_data() : nullptr, OrNull(row_weights),
                                       tokens->untyped_data(), OrNull(*row_scalars)});
 }
 
-ffi::ErrorOr<CombineParams> ParseCombine(const MoEShape& shape, ffi::AnyBuffer y, Floats row_weights,
-                                         Floats row_scalars, Ints tables, AnyOut out, FloatsOut token_scalars) {
+ffi::ErrorOr<CombineParams> ParseCombine(const MoEShape& shape, ffi::AnyBuffer y,
+                                         Floats row_weights, Floats row_scalars, Ints tables,
+                                         AnyOut out, FloatsOut token_scalars) {
   const int64_t num_tokens = Rows(*out), rows = shape.capacity;
   const RouteTablesLayout layout(shape, num_tokens);
   Checks checks;
@@ -100,9 +109,11 @@ ffi::ErrorOr<CombineParams> ParseCombine(const MoEShape& shape, ffi::AnyBuffer y
     checks.Elements("row_scalars", Size(row_scalars), rows * shape.weights_per_row());
     checks.Elements("token_scalars", Size(*token_scalars), num_tokens * shape.topk);
   }
-  if (num_tokens > shape.max_tokens_per_rank) checks.Elements("tokens", num_tokens, shape.max_tokens_per_rank);
-  return checks.Result(CombineParams{num_tokens, y.untyped_data(), OrNull(row_weights), OrNull(row_scalars),
-                                     layout.At(tables.typed_data()), out->untyped_data(), OrNull(*token_scalars)});
+  if (num_tokens > shape.max_tokens_per_rank)
+    checks.Elements("tokens", num_tokens, shape.max_tokens_per_rank);
+  return checks.Result(CombineParams{num_tokens, y.untyped_data(), OrNull(row_weights),
+                                     OrNull(row_scalars), layout.At(tables.typed_data()),
+                                     out->untyped_data(), OrNull(*token_scalars)});
 }
 
 }  // namespace jax_ep::xla_ffi

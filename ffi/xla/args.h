@@ -1,5 +1,6 @@
-// Turns the buffers of an FFI call into the params struct of its op, with the checks that memory safety
-// needs. What users get wrong is refused in Python, with the argument's name, before it comes here.
+// Turns the buffers of an FFI call into the params struct of its op, with the checks that memory
+// safety needs. What users get wrong is refused in Python, with the argument's name, before it
+// comes here.
 #ifndef JAX_EP_XLA_ARGS_H_
 #define JAX_EP_XLA_ARGS_H_
 
@@ -19,8 +20,8 @@ using IntsOut = ffi::Result<Ints>;
 using FloatsOut = ffi::Result<Floats>;
 using AnyOut = ffi::Result<ffi::AnyBuffer>;
 
-// The operands and results of each op, in the order of its handlers' parameters. `begin` binds what the
-// backend needs before them.
+// The operands and results of each op, in the order of its handlers' parameters. `begin` binds what
+// the backend needs before them.
 template <typename Binding>
 auto BindRoute(Binding begin) {
   return std::move(begin)
@@ -57,13 +58,24 @@ auto BindCombine(Binding begin) {
 }
 
 ffi::ErrorOr<RouteParams> ParseRoute(const MoEShape& shape, Ints topk_ids, IntsOut tables,
-                                     IntsOut num_tokens_per_expert, IntsOut offsets, IntsOut num_dropped,
-                                     IntsOut recv_topk_ids);
-ffi::ErrorOr<DispatchParams> ParseDispatch(const MoEShape& shape, ffi::AnyBuffer x, Floats weights, Ints tables,
-                                           ffi::AnyBuffer y, Floats row_weights, AnyOut tokens,
-                                           FloatsOut row_scalars);
-ffi::ErrorOr<CombineParams> ParseCombine(const MoEShape& shape, ffi::AnyBuffer y, Floats row_weights,
-                                         Floats row_scalars, Ints tables, AnyOut out, FloatsOut token_scalars);
+                                     IntsOut num_tokens_per_expert, IntsOut offsets,
+                                     IntsOut num_dropped, IntsOut recv_topk_ids);
+ffi::ErrorOr<DispatchParams> ParseDispatch(const MoEShape& shape, ffi::AnyBuffer x, Floats weights,
+                                           Ints tables, ffi::AnyBuffer y, Floats row_weights,
+                                           AnyOut tokens, FloatsOut row_scalars);
+ffi::ErrorOr<CombineParams> ParseCombine(const MoEShape& shape, ffi::AnyBuffer y,
+                                         Floats row_weights, Floats row_scalars, Ints tables,
+                                         AnyOut out, FloatsOut token_scalars);
+
+inline ffi::Error Destroyed() {
+  return ffi::Error(ffi::ErrorCode::kFailedPrecondition,
+                    "jax_ep: the MoECommunicator of this program was destroyed");
+}
+
+inline ffi::Error NotAMember(int32_t ordinal) {
+  return ffi::Error::InvalidArgument("jax_ep: device " + std::to_string(ordinal) +
+                                     " is not part of the communicator's mesh");
+}
 
 }  // namespace jax_ep::xla_ffi
 

@@ -14,8 +14,9 @@
 namespace jax_ep::xla_ffi {
 namespace {
 
-// One call site of an op in one loaded program: XLA makes it once and shares it between the devices.
-// Devices reach their call sites in different orders, so arrivals are matched by (site, run, occurrence).
+// One call site of an op in one loaded program: XLA makes it once and shares it between the
+// devices. Devices reach their call sites in different orders, so arrivals are matched by (site,
+// run, occurrence).
 class CallSite {
  public:
   static ffi::TypeId id;
@@ -48,9 +49,12 @@ ffi::ErrorOr<std::unique_ptr<CallSite>> MakeCallSite(int64_t comm) {
   const auto communicator = cpu::Find(comm);
   return std::make_unique<CallSite>(communicator == nullptr ? -1 : communicator->NextSite());
 }
-XLA_FFI_DEFINE_HANDLER(kMakeCallSite, MakeCallSite, ffi::Ffi::BindInstantiate().Attr<int64_t>("comm"));
+XLA_FFI_DEFINE_HANDLER(kMakeCallSite, MakeCallSite,
+                       ffi::Ffi::BindInstantiate().Attr<int64_t>("comm"));
 
-auto BindCall() { return ffi::Ffi::Bind().Ctx<ffi::DeviceOrdinal>().Ctx<ffi::RunId>().Ctx<ffi::State<CallSite>>(); }
+auto BindCall() {
+  return ffi::Ffi::Bind().Ctx<ffi::DeviceOrdinal>().Ctx<ffi::RunId>().Ctx<ffi::State<CallSite>>();
+}
 
 ffi::Future Failed(ffi::Error error) {
   ffi::Promise promise;
@@ -60,47 +64,51 @@ ffi::Future Failed(ffi::Error error) {
 }
 
 template <typename Params, typename... Buffers>
-ffi::Future Submit(ffi::ErrorOr<Params> (*parse)(const MoEShape&, Buffers...), int32_t ordinal, ffi::RunId run,
-                   CallSite* site, int64_t comm, Buffers... buffers) {
+ffi::Future Submit(ffi::ErrorOr<Params> (*parse)(const MoEShape&, Buffers...), int32_t ordinal,
+                   ffi::RunId run, CallSite* site, int64_t comm, Buffers... buffers) {
   const auto communicator = cpu::Find(comm);
   if (communicator == nullptr)
-    return Failed(ffi::Error(ffi::ErrorCode::kFailedPrecondition,
-                             "jax_ep: the MoECommunicator of this program was destroyed"));
+    return Failed(Destroyed());
   if (FindPlace(communicator->spec(), ordinal).rank < 0)
-    return Failed(ffi::Error::InvalidArgument("jax_ep: device " + std::to_string(ordinal) +
-                                              " is not part of the communicator's mesh"));
+    return Failed(NotAMember(ordinal));
   ffi::ErrorOr<Params> params = parse(communicator->spec().shape, buffers...);
   if (params.has_error()) return Failed(params.error());
   const auto promise = std::make_shared<ffi::Promise>();
   ffi::Future future(*promise);
   const double timeout_s = communicator->spec().timeout_s;
-  communicator->Submit(ordinal, site->NextKey(run.run_id, ordinal), params.value(),
-                       [promise, timeout_s](const ErrorRecord& error) {
-                         if (error.code == ErrorCode::kTimeout)
-                           promise->SetError(ffi::Error(ffi::ErrorCode::kDeadlineExceeded,
-                                                        "jax_ep: " + DescribeTimeout(error, timeout_s)));
-                         else
-                           promise->SetAvailable();
-                       });
+  communicator->Submit(
+      ordinal, site->NextKey(run.run_id, ordinal), params.value(),
+      [promise, timeout_s](const ErrorRecord& error) {
+        if (error.code == ErrorCode::kTimeout)
+          promise->SetError(ffi::Error(ffi::ErrorCode::kDeadlineExceeded,
+                                       "jax_ep: " + DescribeTimeout(error, timeout_s)));
+        else
+          promise->SetAvailable();
+      });
   return future;
 }
 
-ffi::Future Route(int32_t ordinal, ffi::RunId run, CallSite* site, int64_t comm, Ints topk_ids, IntsOut tables,
-                  IntsOut num_tokens_per_expert, IntsOut offsets, IntsOut num_dropped, IntsOut recv_topk_ids) {
-  return Submit(ParseRoute, ordinal, run, site, comm, topk_ids, tables, num_tokens_per_expert, offsets, num_dropped,
-                recv_topk_ids);
+ffi::Future Route(int32_t ordinal, ffi::RunId run, CallSite* site, int64_t comm, Ints topk_ids,
+                  IntsOut tables, IntsOut num_tokens_per_expert, IntsOut offsets,
+                  IntsOut num_dropped, IntsOut recv_topk_ids) {
+  return Submit(ParseRoute, ordinal, run, site, comm, topk_ids, tables, num_tokens_per_expert,
+                offsets, num_dropped, recv_topk_ids);
 }
 XLA_FFI_DEFINE_HANDLER(kRoute, Route, BindRoute(BindCall()));
 
-ffi::Future Dispatch(int32_t ordinal, ffi::RunId run, CallSite* site, int64_t comm, ffi::AnyBuffer x, Floats weights,
-                     Ints tables, ffi::AnyBuffer y, Floats row_weights, AnyOut tokens, FloatsOut row_scalars) {
-  return Submit(ParseDispatch, ordinal, run, site, comm, x, weights, tables, y, row_weights, tokens, row_scalars);
+ffi::Future Dispatch(int32_t ordinal, ffi::RunId run, CallSite* site, int64_t comm,
+                     ffi::AnyBuffer x, Floats weights, Ints tables, ffi::AnyBuffer y,
+                     Floats row_weights, AnyOut tokens, FloatsOut row_scalars) {
+  return Submit(ParseDispatch, ordinal, run, site, comm, x, weights, tables, y, row_weights, tokens,
+                row_scalars);
 }
 XLA_FFI_DEFINE_HANDLER(kDispatch, Dispatch, BindDispatch(BindCall()));
 
 ffi::Future Combine(int32_t ordinal, ffi::RunId run, CallSite* site, int64_t comm, ffi::AnyBuffer y,
-                    Floats row_weights, Floats row_scalars, Ints tables, AnyOut out, FloatsOut token_scalars) {
-  return Submit(ParseCombine, ordinal, run, site, comm, y, row_weights, row_scalars, tables, out, token_scalars);
+                    Floats row_weights, Floats row_scalars, Ints tables, AnyOut out,
+                    FloatsOut token_scalars) {
+  return Submit(ParseCombine, ordinal, run, site, comm, y, row_weights, row_scalars, tables, out,
+                token_scalars);
 }
 XLA_FFI_DEFINE_HANDLER(kCombine, Combine, BindCombine(BindCall()));
 
@@ -116,7 +124,8 @@ class PyCommunicator {
 
   // What other processes need to reach this one's memory.
   nb::bytes handle() const {
-    const cpu::Communicator::PeerSegment segment{static_cast<int32_t>(getpid()), communicator_->segment_fd()};
+    const cpu::Communicator::PeerSegment segment{static_cast<int32_t>(getpid()),
+                                                 communicator_->segment_fd()};
     return nb::bytes(&segment, sizeof segment);
   }
   void Connect(int32_t process, nb::bytes handle) {
@@ -167,14 +176,7 @@ NB_MODULE(_cpu, m) {
   BindSpecs(m);
   m.def("registrations", &Registrations);
   m.def("types", &Types);
-  nb::class_<PyCommunicator>(m, "Communicator")
-      .def(nb::init<const CommunicatorSpec&, bool>(), nb::arg("spec"), nb::arg("across_processes"))
-      .def("handle", &PyCommunicator::handle)
-      .def("connect", &PyCommunicator::Connect, nb::arg("process"), nb::arg("handle"))
-      .def("disconnect", &PyCommunicator::Disconnect)
-      .def_prop_ro("arena_bytes", &PyCommunicator::arena_bytes)
-      .def("take_error", &PyCommunicator::TakeError)
-      .def("destroy", &PyCommunicator::Destroy, nb::call_guard<nb::gil_scoped_release>());
+  BindCommunicator<PyCommunicator>(m);
 }
 
 }  // namespace jax_ep::xla_ffi

@@ -1,0 +1,67 @@
+#ifndef JAX_EP_CUDA_COMMUNICATOR_H_
+#define JAX_EP_CUDA_COMMUNICATOR_H_
+
+#include <cuda_runtime.h>
+
+#include <map>
+#include <string>
+#include <vector>
+
+#include "common/error.h"
+#include "common/ops.h"
+#include "common/peers.h"
+#include "cuda/arena.h"
+#include "cuda/ops.h"
+
+namespace jax_ep::cuda {
+
+// The arenas of this process's GPUs, connected to those of their groups. Methods that can fail return an
+// error text, empty on success.
+class Communicator {
+ public:
+  explicit Communicator(CommunicatorSpec spec);
+  ~Communicator();
+
+  // Allocates the arenas, loads all kernels, and connects the ranks that live in this process.
+  std::string Prepare();
+  // One cudaIpcMemHandle_t per local device, by ordinal.
+  std::string ExportHandles(std::vector<cudaIpcMemHandle_t>* handles) const;
+  std::string Connect(int32_t process, const std::vector<cudaIpcMemHandle_t>& handles);
+  // Waits for this process's GPUs and lets go of others' memory. Then theirs may be freed.
+  void Disconnect();
+
+  std::string Route(int32_t ordinal, const RouteParams& params, cudaStream_t stream);
+  std::string Dispatch(int32_t ordinal, const DispatchParams& params, cudaStream_t stream);
+  std::string Combine(int32_t ordinal, const CombineParams& params, cudaStream_t stream);
+
+  // Returns the first error since the last call, and forgets it unless a peer was lost.
+  ErrorRecord TakeError();
+  int64_t arena_bytes() const { return layout_.bytes; }
+  const CommunicatorSpec& spec() const { return spec_; }
+
+ private:
+  struct Device {
+    Place place;
+    std::byte* arena = nullptr;
+    std::byte** bases = nullptr;          // device memory, [R]
+    std::vector<std::byte*> host_bases;   // what `bases` holds
+    std::vector<std::byte*> opened;       // to be closed
+    ErrorRecord* error = nullptr;         // host memory
+    int num_sms = 0;
+  };
+
+  std::string PrepareDevice(int32_t ordinal, Device& device);
+  std::string ConnectLocal(int32_t ordinal, Device& device);
+  std::string UploadBases(int32_t ordinal, const Device& device);
+  Arena ArenaOf(const Device& device) const;
+  // Sends with `sender_share` of the blocks, if there is anyone to send to.
+  Blocks BlocksOf(const Device& device, double sender_share) const;
+
+  const CommunicatorSpec spec_;
+  const ArenaLayout layout_;
+  std::map<int32_t, Device> devices_;  // by ordinal
+};
+
+}  // namespace jax_ep::cuda
+
+#endif  // JAX_EP_CUDA_COMMUNICATOR_H_

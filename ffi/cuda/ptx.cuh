@@ -1,0 +1,65 @@
+// PTX instructions by their names. Addresses are global memory of this GPU or of a peer.
+#ifndef JAX_EP_CUDA_PTX_CUH_
+#define JAX_EP_CUDA_PTX_CUH_
+
+#include <cstdint>
+
+namespace jax_ep::cuda::ptx {
+
+// Makes all writes that this thread has observed, its own and those of threads it synchronised with,
+// visible to whoever acquires `value` from `at`, on any GPU or the host.
+__device__ __forceinline__ void st_release_sys(uint32_t* at, uint32_t value) {
+  asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(at), "r"(value) : "memory");
+}
+
+// Later reads of this thread, and of threads that synchronise with it, see what the releaser saw.
+__device__ __forceinline__ uint32_t ld_acquire_sys(const uint32_t* at) {
+  uint32_t value;
+  asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ uint32_t ld_volatile(const uint32_t* at) {
+  uint32_t value;
+  asm volatile("ld.volatile.global.u32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
+  return value;
+}
+
+// Orders all earlier writes of this thread, and those it synchronised with, before its later ones.
+__device__ __forceinline__ void fence_acq_rel_sys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
+
+// A streaming load of data that nobody writes while the kernel runs.
+__device__ __forceinline__ int4 ld_nc_no_allocate(const int4* at) {
+  int4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.s32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(at));
+  return v;
+}
+
+// A streaming load of data that a peer may have written before a flag we acquired.
+__device__ __forceinline__ int4 ld_no_allocate(const int4* at) {
+  int4 v;
+  asm volatile("ld.global.L1::no_allocate.v4.s32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(at)
+               : "memory");
+  return v;
+}
+
+__device__ __forceinline__ void st_no_allocate(int4* at, const int4& v) {
+  asm volatile("st.global.L1::no_allocate.v4.s32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(v.x), "r"(v.y),
+               "r"(v.z), "r"(v.w)
+               : "memory");
+}
+
+// Nanoseconds; ticks coarsely, which is fine for timeouts.
+__device__ __forceinline__ uint64_t globaltimer() {
+  uint64_t ns;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(ns));
+  return ns;
+}
+
+}  // namespace jax_ep::cuda::ptx
+
+#endif  // JAX_EP_CUDA_PTX_CUH_

@@ -1,0 +1,107 @@
+// The CUDA handlers and the Python module that carries them.
+#include <cuda_runtime.h>
+
+#include <cstring>
+#include <memory>
+
+#include "common/registry.h"
+#include "cuda/communicator.h"
+#include "xla/args.h"
+#include "xla/module.h"
+
+namespace jax_ep::xla_ffi {
+namespace {
+
+using Communicators = Registry<cuda::Communicator>;
+
+auto BindCall() { return ffi::Ffi::Bind().Ctx<ffi::DeviceOrdinal>().Ctx<ffi::PlatformStream<cudaStream_t>>(); }
+
+template <typename Params, typename... Buffers>
+ffi::Error Launch(ffi::ErrorOr<Params> (*parse)(const MoEShape&, Buffers...),
+                  std::string (cuda::Communicator::*op)(int32_t, const Params&, cudaStream_t), int32_t ordinal,
+                  cudaStream_t stream, int64_t comm, Buffers... buffers) {
+  const auto communicator = Communicators::Get().Find(comm);
+  if (communicator == nullptr) return Destroyed();
+  if (FindPlace(communicator->spec(), ordinal).rank < 0) return NotAMember(ordinal);
+  const ffi::ErrorOr<Params> params = parse(communicator->spec().shape, buffers...);
+  if (params.has_error()) return params.error();
+  const std::string error = (communicator.get()->*op)(ordinal, params.value(), stream);
+  return error.empty() ? ffi::Error::Success() : ffi::Error::Internal("jax_ep: " + error);
+}
+
+ffi::Error Route(int32_t ordinal, cudaStream_t stream, int64_t comm, Ints topk_ids, IntsOut tables,
+                 IntsOut num_tokens_per_expert, IntsOut offsets, IntsOut num_dropped, IntsOut recv_topk_ids) {
+  return Launch(ParseRoute, &cuda::Communicator::Route, ordinal, stream, comm, topk_ids, tables,
+                num_tokens_per_expert, offsets, num_dropped, recv_topk_ids);
+}
+
+ffi::Error Dispatch(int32_t ordinal, cudaStream_t stream, int64_t comm, ffi::AnyBuffer x, Floats weights, Ints tables,
+                    ffi::AnyBuffer y, Floats row_weights, AnyOut tokens, FloatsOut row_scalars) {
+  return Launch(ParseDispatch, &cuda::Communicator::Dispatch, ordinal, stream, comm, x, weights, tables, y,
+                row_weights, tokens, row_scalars);
+}
+
+ffi::Error Combine(int32_t ordinal, cudaStream_t stream, int64_t comm, ffi::AnyBuffer y, Floats row_weights,
+                   Floats row_scalars, Ints tables, AnyOut out, FloatsOut token_scalars) {
+  return Launch(ParseCombine, &cuda::Communicator::Combine, ordinal, stream, comm, y, row_weights, row_scalars,
+                tables, out, token_scalars);
+}
+
+// A launch depends on nothing that the host computes per call, so it may be captured and replayed.
+XLA_FFI_DEFINE_HANDLER(kRoute, Route, BindRoute(BindCall()), {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(kDispatch, Dispatch, BindDispatch(BindCall()), {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(kCombine, Combine, BindCombine(BindCall()), {ffi::Traits::kCmdBufferCompatible});
+
+// The communicator as Python holds it; the registry holds it for the handlers.
+class PyCommunicator {
+ public:
+  PyCommunicator(const CommunicatorSpec& spec, bool /*across_processes*/)
+      : communicator_(std::make_shared<cuda::Communicator>(spec)) {
+    ThrowIfError(communicator_->Prepare());
+    Communicators::Get().Add(communicator_);
+  }
+  ~PyCommunicator() { Destroy(); }
+
+  nb::bytes handle() const {
+    std::vector<cudaIpcMemHandle_t> handles;
+    ThrowIfError(communicator_->ExportHandles(&handles));
+    return nb::bytes(handles.data(), handles.size() * sizeof(cudaIpcMemHandle_t));
+  }
+  void Connect(int32_t process, nb::bytes handle) {
+    std::vector<cudaIpcMemHandle_t> handles(handle.size() / sizeof(cudaIpcMemHandle_t));
+    std::memcpy(handles.data(), handle.data(), handles.size() * sizeof(cudaIpcMemHandle_t));
+    ThrowIfError(communicator_->Connect(process, handles));
+  }
+  void Disconnect() {
+    if (communicator_ != nullptr) communicator_->Disconnect();
+  }
+  int64_t arena_bytes() const { return communicator_->arena_bytes(); }
+  PyError TakeError() { return ToPython(communicator_->TakeError(), communicator_->spec()); }
+  void Destroy() {
+    if (communicator_ == nullptr) return;
+    Communicators::Get().Remove(communicator_->spec().id);
+    communicator_.reset();
+  }
+
+ private:
+  std::shared_ptr<cuda::Communicator> communicator_;
+};
+
+nb::dict Registrations() {
+  nb::dict targets;
+  targets["jax_ep_route"] = Capsule(+kRoute);
+  targets["jax_ep_dispatch"] = Capsule(+kDispatch);
+  targets["jax_ep_combine"] = Capsule(+kCombine);
+  return targets;
+}
+
+}  // namespace
+
+NB_MODULE(_cuda, m) {
+  BindSpecs(m);
+  m.def("registrations", &Registrations);
+  m.def("types", [] { return nb::dict(); });
+  BindCommunicator<PyCommunicator>(m);
+}
+
+}  // namespace jax_ep::xla_ffi
