@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterable
 
 import jax
 import numpy as np
@@ -49,8 +48,11 @@ def host_identity() -> str:
 
 
 def ordinal(device: jax.Device) -> int:
-    """What XLA's DeviceOrdinal says inside a handler: the global id on CPU, the process's own number on GPU."""
-    return device.id if device.platform == "cpu" else device.local_hardware_id
+    """What XLA's DeviceOrdinal says inside a handler: the global id on CPU, the process's own number on GPU, which
+    only that process knows."""
+    if device.platform == "cpu":
+        return device.id
+    return device.local_hardware_id if device.process_index == jax.process_index() else -1
 
 
 class Connection:
@@ -60,24 +62,26 @@ class Connection:
       RuntimeError: a process disagrees about the configuration, or two ranks cannot reach each other.
     """
 
-    def __init__(self, mesh, axis_name, implementation, *, id: int, shape, native_shape, timeout_s, num_sms):
-        extension = _ffi.extension(implementation)
-        groups = groups_of(mesh, axis_name)
+    def __init__(self, mesh, config, *, id: int, native_shape):
+        extension = _ffi.extension(config.implementation)
+        groups = groups_of(mesh, config.axis_name)
         self._id = id
-        self._timeout_s = timeout_s
+        self._timeout_s = config.timeout_s
         self._processes = sorted({device.process_index for group in groups for device in group})
         spec = extension.CommunicatorSpec(
             id=id,
             shape=native_shape,
             groups=[[(device.process_index, ordinal(device)) for device in group] for group in groups],
             process=jax.process_index(),
-            timeout_s=timeout_s,
-            num_sms=num_sms or 0,
+            timeout_s=config.timeout_s,
+            num_sms=config.num_sms or 0,
+            dispatch_blocks=config.dispatch_blocks or (0, 0),
+            combine_blocks=config.combine_blocks or (0, 0),
         )
         self.native = extension.Communicator(spec, across_processes=len(self._processes) > 1)
         try:
             if len(self._processes) > 1:
-                self._exchange(groups, f"{implementation} {shape} {jax_ep.__version__}")
+                self._exchange(groups, f"jax_ep {jax_ep.__version__} {config}")
         except BaseException:
             self.native.destroy()
             raise
@@ -101,8 +105,11 @@ class Connection:
             ) from error
         for process, their in theirs.items():
             _check_agreement(groups, me, mine, process, their)
+        neighbours = _neighbours(groups, me)
+        for process in neighbours:
+            _check_host(groups, me, mine, process, theirs[process])
         try:
-            for process in _neighbours(groups, me):
+            for process in neighbours:
                 _connect(self.native, groups, me, process, theirs[process])
         finally:
             # Nobody may go on, or leave, before all have opened what they need. After it the keys serve no one.
@@ -125,7 +132,7 @@ class Connection:
         self.native.destroy()
 
 
-def _neighbours(groups, me: int) -> Iterable[int]:
+def _neighbours(groups, me: int) -> list[int]:
     """The other processes that share a group with this one."""
     shared = [group for group in groups if any(device.process_index == me for device in group)]
     return sorted({device.process_index for group in shared for device in group} - {me})
@@ -135,18 +142,24 @@ def _ranks(groups, process: int) -> list[int]:
     return sorted({rank for group in groups for rank, device in enumerate(group) if device.process_index == process})
 
 
+def _names(groups, me: int, process: int) -> str:
+    return f"ranks {_ranks(groups, me)} (process {me}) and ranks {_ranks(groups, process)} (process {process})"
+
+
 def _check_agreement(groups, me: int, mine: dict, process: int, their: dict) -> None:
-    who = f"ranks {_ranks(groups, me)} (process {me}) and ranks {_ranks(groups, process)} (process {process})"
     if mine["configuration"] != their["configuration"]:
         raise RuntimeError(
-            f"MoECommunicator: {who} were given different arguments: {mine['configuration']} and "
-            f"{their['configuration']}"
+            f"MoECommunicator: {_names(groups, me, process)} were given different arguments: "
+            f"{mine['configuration']} and {their['configuration']}"
         )
+
+
+def _check_host(groups, me: int, mine: dict, process: int, their: dict) -> None:
     if mine["host"] != their["host"]:
         raise RuntimeError(
-            f"MoECommunicator: nothing connects {who}: they run on different hosts, or in different process "
-            f"namespaces ({mine['host']} and {their['host']}). Choose a mesh axis within one host, or "
-            'implementation="reference".'
+            f"MoECommunicator: nothing connects {_names(groups, me, process)}: they run on different hosts, or in "
+            f"different process namespaces ({mine['host']} and {their['host']}). Choose a mesh axis within one host, "
+            'or implementation="reference".'
         )
 
 

@@ -26,12 +26,13 @@ def route(spec, topk_ids):
     local_ids = jnp.where(ranks == rank, all_ids - rank * shape.num_local_experts, -1)
 
     if shape.layout is DispatchLayout.RANK_MAJOR:
-        groups = jnp.where((local_ids >= 0).any(-1, keepdims=True), jnp.arange(shape.num_ranks)[:, None, None], -1)
+        source_ranks = jnp.arange(shape.num_ranks, dtype=jnp.int32)[:, None, None]
+        groups = jnp.where((local_ids >= 0).any(-1, keepdims=True), source_ranks, -1)
     else:
         groups = local_ids
     rows, offsets = _place(groups, shape.num_row_groups, _alignment(shape))
     kept = (rows >= 0) & (rows < shape.capacity)
-    num_dropped = jnp.sum((rows >= shape.capacity).astype(jnp.int32))
+    num_dropped = jnp.sum(rows >= shape.capacity, dtype=jnp.int32)
     rows = jnp.where(kept, rows, -1)
     offsets = jnp.minimum(offsets, shape.capacity)
 
@@ -74,9 +75,9 @@ def _place(groups, num_groups: int, alignment: int):
 def _poison(spec, all_ids, is_expert, ranks):
     """NaN on all ranks if any rank's routing cannot be honoured, else 1; also tells the communicator."""
     shape = spec.shape
-    bad_ids = jnp.sum((~is_expert & (all_ids != -1)).astype(jnp.int32), axis=(1, 2))  # [R]
+    bad_ids = jnp.sum(~is_expert & (all_ids != -1), axis=(1, 2), dtype=jnp.int32)  # [R]
     if shape.layout is DispatchLayout.RANK_MAJOR:
-        hits = (ranks[..., None] == jnp.arange(shape.num_ranks)).any(2)  # [R, T, R]
+        hits = (ranks[..., None] == jnp.arange(shape.num_ranks, dtype=jnp.int32)).any(2)  # [R, T, R]
         needed = hits.sum((0, 1), dtype=jnp.int32)
     else:
         experts = (
@@ -85,7 +86,7 @@ def _poison(spec, all_ids, is_expert, ranks):
             .add(1, mode="drop")
         )
         alignment = shape.expert_alignment
-        needed = (-(-experts // alignment) * alignment).reshape(shape.num_ranks, -1).sum(1)
+        needed = (-(-experts // alignment) * alignment).reshape(shape.num_ranks, -1).sum(1, dtype=jnp.int32)
     overflows = (needed > shape.capacity) & (not spec.drop_overflow)
     any_bad = (bad_ids > 0).any()
     failed = any_bad | overflows.any()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import os
 from typing import Any
 
 import jax
@@ -44,6 +45,8 @@ class MoECommunicatorConfig:
     dtype: Any = jnp.bfloat16
     implementation: str | None = None
     num_sms: int | None = None
+    dispatch_blocks: tuple[int, int] | None = None
+    combine_blocks: tuple[int, int] | None = None
     timeout_s: float = 30.0
 
 
@@ -90,7 +93,10 @@ class MoECommunicator:
       expert_alignment: each expert's rows start at a multiple of this (`FLAT`).
       dtype: of the tokens: bfloat16, float16, float32 or float64.
       implementation: "cuda", "cpu" or "reference" (pure JAX); default by the mesh's platform.
-      num_sms: thread blocks that an op may occupy on a GPU; default by shape.
+      num_sms: SMs of a GPU that an op may occupy; default all, or what the environment variable JAX_EP_NUM_SMS says.
+      dispatch_blocks: (sending, receiving) thread blocks of dispatch, one per SM; default a split of `num_sms`, or
+        what JAX_EP_DISPATCH_BLOCKS says, as in "24,100".
+      combine_blocks: the same for combine; JAX_EP_COMBINE_BLOCKS.
       timeout_s: seconds that a rank waits for a peer before the op fails with `PeerTimeoutError`.
 
     Raises:
@@ -139,14 +145,7 @@ class MoECommunicator:
             drop_overflow=config.overflow == "drop",
         )
         self._connection = _bootstrap.Connection(
-            self.mesh,
-            config.axis_name,
-            config.implementation,
-            id=self._spec.communicator_id,
-            shape=(shape, jnp.dtype(config.dtype).name, config.overflow, config.timeout_s),
-            native_shape=self._native_shape,
-            timeout_s=config.timeout_s,
-            num_sms=config.num_sms,
+            self.mesh, config, id=self._spec.communicator_id, native_shape=self._native_shape
         )
 
     @property
@@ -326,6 +325,13 @@ def _resolve(mesh, config: MoECommunicatorConfig) -> MoECommunicatorConfig:
     expect(config.axis_name in mesh.axis_names, "axis_name", f"one of {mesh.axis_names}", repr(config.axis_name))
     for name in ("num_experts", "hidden_size", "topk", "max_tokens_per_rank", "expert_alignment"):
         expect_int(name, getattr(config, name))
+    config = _with_environment(config)
+    for name in ("dispatch_blocks", "combine_blocks"):
+        blocks = getattr(config, name)
+        if blocks is not None:
+            expect(isinstance(blocks, tuple) and len(blocks) == 2, name, "(senders, receivers)", repr(blocks))
+            for count in blocks:
+                expect_int(name, count)
     for name in ("max_recv_tokens_per_rank", "num_sms"):
         if getattr(config, name) is not None:
             expect_int(name, getattr(config, name))
@@ -346,6 +352,27 @@ def _resolve(mesh, config: MoECommunicatorConfig) -> MoECommunicatorConfig:
         row_bytes = config.hidden_size * dtype.itemsize
         expect(row_bytes % 16 == 0, "hidden_size", "rows of a multiple of 16 bytes on CUDA", f"{row_bytes} bytes")
     return dataclasses.replace(config, output_layout=layout, implementation=implementation)
+
+
+def _with_environment(config: MoECommunicatorConfig) -> MoECommunicatorConfig:
+    """Environment variables set what the caller left open."""
+
+    def integers(name: str) -> tuple[int, ...] | None:
+        text = os.environ.get(name)
+        if not text:
+            return None
+        try:
+            return tuple(int(part) for part in text.split(","))
+        except ValueError:
+            raise ValueError(f"{name}: expected integers separated by commas, got {text!r}") from None
+
+    num_sms = integers("JAX_EP_NUM_SMS")
+    return dataclasses.replace(
+        config,
+        num_sms=config.num_sms or (num_sms and num_sms[0]),
+        dispatch_blocks=config.dispatch_blocks or integers("JAX_EP_DISPATCH_BLOCKS"),
+        combine_blocks=config.combine_blocks or integers("JAX_EP_COMBINE_BLOCKS"),
+    )
 
 
 def _resolve_implementation(mesh, config: MoECommunicatorConfig) -> str:

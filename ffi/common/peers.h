@@ -11,11 +11,17 @@ namespace jax_ep {
 
 struct Member {
   int32_t process;
-  int32_t ordinal;  // what XLA's DeviceOrdinal says of this device inside its process
+  int32_t ordinal;  // what XLA's DeviceOrdinal says of the device in its own process, -1 elsewhere if unknown
 };
 
 // The members of one expert-parallel group, by rank.
 using Group = std::vector<Member>;
+
+// Thread blocks of an exchange, by role.
+struct BlockCounts {
+  int32_t senders = 0;
+  int32_t receivers = 0;
+};
 
 struct CommunicatorSpec {
   int64_t id = 0;  // equal in all processes
@@ -23,7 +29,9 @@ struct CommunicatorSpec {
   std::vector<Group> groups;  // all of the mesh, in an order equal in all processes
   int32_t process = 0;
   double timeout_s = 30.0;
-  int32_t num_sms = 0;  // 0 lets the backend choose; CPU has no use for it
+  // For the CUDA backend; 0 lets it choose.
+  int32_t num_sms = 0;
+  BlockCounts dispatch_blocks, combine_blocks;
 };
 
 struct Place {

@@ -27,14 +27,23 @@ int MaxLocalRanks(const CommunicatorSpec& spec) {
   return most;
 }
 
+// Some 30 years: what users mean by an infinite timeout, and still counted in nanoseconds.
+constexpr double kMaxTimeoutSeconds = 1e9;
+
+Clock::time_point DeadlineAfter(double timeout_s) {
+  const std::chrono::duration<double> timeout(std::min(timeout_s, kMaxTimeoutSeconds));
+  return Clock::now() + std::chrono::duration_cast<Clock::duration>(timeout);
+}
+
 // Waits by yielding at first, then by sleeping: on few cores, what is waited for needs this one.
 class Backoff {
  public:
   void Pause() {
-    if (++turns_ < 32)
+    turns_ = std::min(turns_ + 1, 200);
+    if (turns_ < 32)
       std::this_thread::yield();
     else
-      std::this_thread::sleep_for(std::chrono::microseconds(std::min(turns_, 200)));
+      std::this_thread::sleep_for(std::chrono::microseconds(turns_));
   }
 
  private:
@@ -88,6 +97,11 @@ std::string Communicator::Connect(int32_t process, PeerSegment segment) {
   return peers_[process].Open(segment.pid, segment.fd, layout_.segment_bytes);
 }
 
+LaneContent Communicator::Job::content() const {
+  const OpParams& params = arrivals[0].params;
+  return {key, PhaseOf(params), std::visit([](const auto& op) { return op.num_tokens; }, params)};
+}
+
 int Communicator::NumLocal(int group) const {
   const Group& members = spec_.groups[group];
   return static_cast<int>(std::count_if(members.begin(), members.end(), [this](const Member& m) {
@@ -120,14 +134,12 @@ void Communicator::Submit(int32_t ordinal, const OpKey& key_without_group, const
   if (closing_ || failed_) {
     const ErrorRecord error = failed_ ? error_ : ErrorRecord{ErrorCode::kTimeout, place.rank};
     lock.unlock();
-    done(error);
-    return;
+    return RunOnOwnThread([done = std::move(done), error] { done(error); });
   }
   Job& job = waiting_[key];
   if (job.arrivals.empty()) {
     job.key = key;
-    job.deadline = Clock::now() + std::chrono::duration_cast<Clock::duration>(
-                                      std::chrono::duration<double>(spec_.timeout_s));
+    job.deadline = DeadlineAfter(spec_.timeout_s);
     changed_.notify_all();
   }
   job.arrivals.push_back({place.rank, params, std::move(done)});
@@ -163,8 +175,10 @@ void Communicator::Finish(Job& job, const ErrorRecord& error) {
 void Communicator::Record(const ErrorRecord& error) {
   if (error.code == ErrorCode::kNone) return;
   std::lock_guard<std::mutex> lock(mutex_);
-  if (error_.code == ErrorCode::kNone) error_ = error;
-  if (error.code == ErrorCode::kTimeout) failed_ = true, error_ = error;
+  // The first timeout names who is at fault: later ones may be of ranks that wait for us in vain.
+  const bool first_timeout = error.code == ErrorCode::kTimeout && !failed_;
+  if (first_timeout || error_.code == ErrorCode::kNone) error_ = error;
+  failed_ = failed_ || first_timeout;
 }
 
 ErrorRecord Communicator::TakeError() {
@@ -205,14 +219,16 @@ void Communicator::WatchDeadlines() {
       lock.lock();
       changed_.notify_all();
     } else {
-      changed_.wait_until(lock, late->second.deadline);
+      // A copy: the job may be gone before the wait is over.
+      const Clock::time_point deadline = late->second.deadline;
+      changed_.wait_until(lock, deadline);
     }
   }
 }
 
 ErrorRecord Communicator::RunAcrossProcesses(const Job& job,
                                              const std::vector<int32_t>& processes) {
-  ErrorRecord error = Publish(job, static_cast<int>(processes.size()));
+  ErrorRecord error = Publish(job, processes);
   if (error.code != ErrorCode::kNone) return error;
   std::map<int32_t, int> lane_of;
   for (const int32_t process : processes) {
@@ -229,37 +245,39 @@ ErrorRecord Communicator::RunAcrossProcesses(const Job& job,
   }
   Compute(job, remote);
   for (const auto& [process, lane] : lane_of)
-    layout_.Header(peers_.at(process).data(), lane)
-        ->readers_left.fetch_sub(1, std::memory_order_release);
+    layout_.Header(peers_.at(process).data(), lane)->Release();
   return {};
 }
 
 int Communicator::AcquireLane() {
   std::lock_guard<std::mutex> lock(mutex_);
   for (int lane = 0; lane < kNumLanes; ++lane) {
-    const LaneHeader* header = layout_.Header(segment_.data(), lane);
-    if (lane_taken_[lane] || header->readers_left.load(std::memory_order_acquire) != 0) continue;
+    if (lane_taken_[lane] || !layout_.Header(segment_.data(), lane)->IsFree()) continue;
     lane_taken_[lane] = true;
     return lane;
   }
   return -1;
 }
 
-ErrorRecord Communicator::Publish(const Job& job, int num_readers) {
+ErrorRecord Communicator::Publish(const Job& job, const std::vector<int32_t>& readers) {
   Backoff backoff;
   int lane = AcquireLane();
   for (; lane < 0; lane = AcquireLane()) {
-    if (Clock::now() > job.deadline)
-      return {ErrorCode::kTimeout, job.arrivals[0].rank, -1, PhaseOf(job.arrivals[0].params), 1, 0};
+    if (Clock::now() > job.deadline) {
+      // Who keeps our lanes from being free is likely who has not come here either.
+      const auto absent = std::find_if(readers.begin(), readers.end(),
+                                       [&](int32_t process) { return FindLane(job, process) < 0; });
+      return MissingPeer(job, absent == readers.end() ? readers[0] : *absent);
+    }
     backoff.Pause();
   }
   LaneHeader* header = layout_.Header(segment_.data(), lane);
-  header->SetKey(job.key);
+  header->SetContent(job.content());
   for (const Arrival& arrival : job.arrivals)
     PublishRank(job, arrival,
                 layout_.Rank(segment_.data(), lane,
                              LocalIndex(static_cast<int>(job.key.group), arrival.rank)));
-  header->readers_left.store(num_readers, std::memory_order_release);
+  header->Publish(static_cast<uint32_t>(readers.size()));
   std::lock_guard<std::mutex> lock(mutex_);
   lane_taken_[lane] = false;
   return {};
@@ -296,15 +314,24 @@ void Communicator::PublishRank(const Job& job, const Arrival& arrival, std::byte
   }
 }
 
-ErrorRecord Communicator::WaitForPeer(const Job& job, int32_t process, int* lane) {
+int Communicator::FindLane(const Job& job, int32_t process) const {
   std::byte* segment = peers_.at(process).data();
+  const LaneContent content = job.content();
+  for (int lane = 0; lane < kNumLanes; ++lane)
+    if (layout_.Header(segment, lane)->Holds(content)) return lane;
+  return -1;
+}
+
+ErrorRecord Communicator::WaitForPeer(const Job& job, int32_t process, int* lane) const {
   Backoff backoff;
-  for (;;) {
-    for (*lane = 0; *lane < kNumLanes; ++*lane)
-      if (layout_.Header(segment, *lane)->Holds(job.key)) return {};
-    if (Clock::now() > job.deadline) break;
+  while ((*lane = FindLane(job, process)) < 0) {
+    if (Clock::now() > job.deadline) return MissingPeer(job, process);
     backoff.Pause();
   }
+  return {};
+}
+
+ErrorRecord Communicator::MissingPeer(const Job& job, int32_t process) const {
   const Group& members = spec_.groups[job.key.group];
   const auto peer = std::find_if(members.begin(), members.end(),
                                  [&](const Member& m) { return m.process == process; });
@@ -328,9 +355,10 @@ void Communicator::Compute(const Job& job, const RemoteRanks& remote) {
 }
 
 void Communicator::ComputeRoute(const Job& job, const RemoteRanks& remote) {
-  std::vector<const int32_t*> topk_ids;
-  for (std::byte* at : remote)
-    topk_ids.push_back(reinterpret_cast<const int32_t*>(at + layout_.topk_ids));
+  std::vector<const int32_t*> topk_ids(remote.size());
+  for (size_t rank = 0; rank < remote.size(); ++rank)
+    if (remote[rank] != nullptr)
+      topk_ids[rank] = reinterpret_cast<const int32_t*>(remote[rank] + layout_.topk_ids);
   for (const Arrival& arrival : job.arrivals)
     topk_ids[arrival.rank] = std::get<RouteParams>(arrival.params).topk_ids;
   ParallelFor(static_cast<int64_t>(job.arrivals.size()), [&](int64_t i) {
@@ -342,11 +370,14 @@ void Communicator::ComputeRoute(const Job& job, const RemoteRanks& remote) {
 void Communicator::ComputeDispatch(const Job& job, const RemoteRanks& remote) {
   const int64_t ranks = spec_.shape.num_ranks;
   const bool weighted = std::get<DispatchParams>(job.arrivals[0].params).weights != nullptr;
-  std::vector<DispatchSource> sources;
-  for (const std::byte* at : remote)
-    sources.push_back({at + layout_.x,
-                       weighted ? reinterpret_cast<const float*>(at + layout_.weights) : nullptr,
-                       reinterpret_cast<const int32_t*>(at + layout_.send_tokens)});
+  std::vector<DispatchSource> sources(remote.size());
+  for (size_t rank = 0; rank < remote.size(); ++rank) {
+    const std::byte* at = remote[rank];
+    if (at == nullptr) continue;
+    sources[rank] = {at + layout_.x,
+                     weighted ? reinterpret_cast<const float*>(at + layout_.weights) : nullptr,
+                     reinterpret_cast<const int32_t*>(at + layout_.send_tokens)};
+  }
   for (const Arrival& arrival : job.arrivals) {
     const auto& params = std::get<DispatchParams>(arrival.params);
     sources[arrival.rank] = {static_cast<const std::byte*>(params.x), params.weights,

@@ -64,6 +64,8 @@ class Communicator {
     OpKey key;
     std::vector<Arrival> arrivals;
     std::chrono::steady_clock::time_point deadline;
+
+    LaneContent content() const;
   };
   // By rank: what a rank of another process published, null for local ranks.
   using RemoteRanks = std::vector<std::byte*>;
@@ -75,9 +77,11 @@ class Communicator {
   void Run(Job& job);
   ErrorRecord RunAcrossProcesses(const Job& job, const std::vector<int32_t>& remote);
   int AcquireLane();
-  ErrorRecord Publish(const Job& job, int num_readers);
+  ErrorRecord Publish(const Job& job, const std::vector<int32_t>& readers);
   void PublishRank(const Job& job, const Arrival& arrival, std::byte* at);
-  ErrorRecord WaitForPeer(const Job& job, int32_t process, int* lane);
+  int FindLane(const Job& job, int32_t process) const;
+  ErrorRecord WaitForPeer(const Job& job, int32_t process, int* lane) const;
+  ErrorRecord MissingPeer(const Job& job, int32_t process) const;
   void Compute(const Job& job, const RemoteRanks& remote);
   void ComputeRoute(const Job& job, const RemoteRanks& remote);
   void ComputeDispatch(const Job& job, const RemoteRanks& remote);

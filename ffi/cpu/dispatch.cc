@@ -7,11 +7,16 @@
 namespace jax_ep::cpu {
 namespace {
 
+// What is in row_scalars beside each row: its weights, or one dot product.
+int64_t ScalarsPerRow(const MoEShape& shape, const DispatchParams& p) {
+  return p.y != nullptr ? 1 : shape.weights_per_row();
+}
+
 void ZeroRows(const MoEShape& shape, const DispatchParams& p, int64_t begin, int64_t end) {
   if (begin >= end) return;
   std::memset(static_cast<std::byte*>(p.tokens) + begin * shape.row_bytes(), 0,
               (end - begin) * shape.row_bytes());
-  const int64_t per_row = shape.weights_per_row();
+  const int64_t per_row = ScalarsPerRow(shape, p);
   if (p.row_scalars != nullptr)
     std::memset(p.row_scalars + begin * per_row, 0, (end - begin) * per_row * sizeof(float));
 }
@@ -68,7 +73,7 @@ void PoisonDispatch(const MoEShape& shape, const DispatchParams& p) {
   VisitDType(shape.dtype, [&](auto* t) {
     FillNaN(static_cast<decltype(t)>(p.tokens), shape.capacity * shape.hidden_size);
   });
-  if (p.row_scalars != nullptr) FillNaN(p.row_scalars, shape.capacity * shape.weights_per_row());
+  if (p.row_scalars != nullptr) FillNaN(p.row_scalars, shape.capacity * ScalarsPerRow(shape, p));
 }
 
 }  // namespace jax_ep::cpu

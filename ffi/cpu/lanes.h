@@ -4,15 +4,20 @@
 #ifndef JAX_EP_CPU_LANES_H_
 #define JAX_EP_CPU_LANES_H_
 
+#include <array>
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
+#include <tuple>
 
 #include "common/error.h"
 #include "common/layout.h"
 
 namespace jax_ep::cpu {
 
-// More executions than this in flight at a time wait for one another.
+// More executions than this in flight at a time wait for one another. With several times as many,
+// processes could fill their lanes with different ones and wait until they time out; the ops of a
+// program depend on each other, which keeps it far from there.
 constexpr int kNumLanes = 64;
 
 // One execution of one op by one group; equal in all its processes. `site` numbers the op's call
@@ -35,31 +40,61 @@ struct OpKeyHash {
   }
 };
 
-// Lives in shared memory. The owner writes the key (release), then the lane, then `readers_left`
-// (release), which makes the lane visible to who acquires it. Each reading process lowers it once
-// when it has read (release); 0 gives the lane back to its owner.
-struct LaneHeader {
-  std::atomic<int32_t> readers_left;
-  std::atomic<int32_t> phase;
-  std::atomic<int64_t> group, site, run_id, occurrence, num_tokens;
+// The inputs that a lane holds. Processes that run different programs may agree on a key and
+// nothing else; they must not take each other's bytes for their own.
+struct LaneContent {
+  OpKey key;
+  Phase phase = Phase::kRoute;
+  int64_t num_tokens = 0;
+};
 
-  bool Holds(const OpKey& key) const {
-    // In this order: a key that is just being replaced is seen no later than that nobody may read
-    // yet.
-    return key == Key() && readers_left.load(std::memory_order_acquire) > 0;
+// Lives in shared memory, where zeros are a free lane. The owner of a free lane writes what it
+// holds, then the inputs, and publishes it, which makes both visible to who sees that it holds
+// them. Each reading process releases it once it has read; after the last one it is free, and its
+// owner sees all reads done.
+class LaneHeader {
+ public:
+  bool IsFree() const { return ReadersLeft(state_.load(std::memory_order_acquire)) == 0; }
+  void SetContent(const LaneContent& content) {
+    const Words words = WordsOf(content);
+    for (size_t i = 0; i < words.size(); ++i) words_[i].store(words[i], std::memory_order_release);
   }
-  void SetKey(const OpKey& key) {
-    constexpr auto release = std::memory_order_release;
-    group.store(key.group, release), site.store(key.site, release);
-    run_id.store(key.run_id, release), occurrence.store(key.occurrence, release);
+  void Publish(uint32_t num_readers) {
+    const uint64_t times_published = state_.load(std::memory_order_relaxed) >> 32;
+    state_.store((times_published + 1) << 32 | num_readers, std::memory_order_release);
   }
+
+  bool Holds(const LaneContent& content) const {
+    // The owner may replace the words while they are read, but then the state has changed too: it
+    // was free, and is so still or has been published again.
+    const uint64_t before = state_.load(std::memory_order_acquire);
+    if (ReadersLeft(before) == 0 || !HasWords(WordsOf(content))) return false;
+    const uint64_t after = state_.load(std::memory_order_acquire);
+    return ReadersLeft(after) > 0 && after >> 32 == before >> 32;
+  }
+  void Release() { state_.fetch_sub(1, std::memory_order_release); }
 
  private:
-  OpKey Key() const {
-    constexpr auto acquire = std::memory_order_acquire;
-    return {group.load(acquire), site.load(acquire), run_id.load(acquire),
-            occurrence.load(acquire)};
+  using Words = std::array<int64_t, 6>;
+
+  static uint32_t ReadersLeft(uint64_t state) { return static_cast<uint32_t>(state); }
+  static Words WordsOf(const LaneContent& content) {
+    const OpKey& key = content.key;
+    return {key.group,
+            key.site,
+            key.run_id,
+            key.occurrence,
+            static_cast<int64_t>(content.phase),
+            content.num_tokens};
   }
+  bool HasWords(const Words& words) const {
+    for (size_t i = 0; i < words.size(); ++i)
+      if (words_[i].load(std::memory_order_acquire) != words[i]) return false;
+    return true;
+  }
+
+  std::atomic<uint64_t> state_;  // times published << 32 | processes that have yet to read
+  std::atomic<int64_t> words_[std::tuple_size_v<Words>];
 };
 
 // Offsets in bytes. Every op has regions of its own: untouched pages cost nothing.

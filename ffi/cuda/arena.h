@@ -32,7 +32,7 @@ struct ArenaLayout {
   int64_t ready;       // [R] flags: the peer entered this epoch
   int64_t ids_flags;   // [R, route blocks] flags: topk_ids of these tokens are here
   int64_t slot_flags;  // [R, chunks] flags: rows of these slots are here
-  int64_t histograms;  // [R, route blocks, histogram_size] this GPU's scratch
+  int64_t histograms;  // [R * route blocks + 1, histogram_size] this GPU's scratch
   int64_t ids;         // [2, R, Tmax, K] int32
   int64_t scalars;     // [2, R, Tmax, K] float32
   int64_t rows;        // [2, R - 1, Tmax, row_bytes]
@@ -63,7 +63,7 @@ struct ArenaLayout {
     ready = take(ranks * 4);
     ids_flags = take(ranks * max_route_blocks * 4);
     slot_flags = take(ranks * max_chunks * 4);
-    histograms = take(ranks * max_route_blocks * histogram_size * 4);
+    histograms = take((ranks * max_route_blocks + 1) * histogram_size * 4);
     ids = take(2 * ranks * rank_ids_bytes);
     scalars = take(2 * ranks * rank_ids_bytes);
     rows = take(2 * (ranks - 1) * rank_rows_bytes);
@@ -106,9 +106,8 @@ struct Arena {
     return reinterpret_cast<int4*>(bases[owner] + layout.rows + part * layout.rank_rows_bytes +
                                    slot * layout.row_bytes);
   }
-  __device__ int32_t* Histogram(int source, int block) const {
-    return reinterpret_cast<int32_t*>(own + layout.histograms) +
-           (source * static_cast<int64_t>(layout.max_route_blocks) + block) * layout.histogram_size;
+  __device__ int32_t* Histogram(int64_t row) const {
+    return reinterpret_cast<int32_t*>(own + layout.histograms) + row * layout.histogram_size;
   }
 
  private:

@@ -14,7 +14,7 @@ constexpr int kWarps = kThreads / 32;
 
 __device__ int NumVectors(const MoEShape& shape) { return static_cast<int>(shape.row_bytes() / 16); }
 
-// The rows of y that make up one slot; lane k of the warp holds the k-th.
+// The rows of y that make up one slot, none for slot -1; lane k of the warp holds the k-th.
 template <typename T>
 struct SlotRows {
   int row;
@@ -23,7 +23,7 @@ struct SlotRows {
 
   __device__ SlotRows(const MoEShape& shape, const CombineParams& p, int source, int64_t slot) {
     const int lane = threadIdx.x % 32, per_slot = shape.rows_per_slot();
-    row = lane < per_slot ? p.tables.recv_rows[(source * p.num_tokens + slot) * per_slot + lane] : -1;
+    row = slot >= 0 && lane < per_slot ? p.tables.recv_rows[(source * p.num_tokens + slot) * per_slot + lane] : -1;
     weight = row < 0 ? 0.0f : p.row_weights == nullptr ? 1.0f : p.row_weights[row];
     lanes = __ballot_sync(kAllLanes, row >= 0);
   }
@@ -102,36 +102,48 @@ __device__ void Send(const MoEShape& shape, const Arena& arena, const CombinePar
   }
 }
 
-// One warp waits until every rank's row of a token is here.
-__device__ bool WaitForToken(const MoEShape& shape, const Arena& arena, const int32_t* slots, uint32_t epoch) {
+// Waits until every rank's rows of tokens [first, last) are here; a thread per (token, rank), those with
+// the same flag together. To be called by the whole block. False if any is missing.
+__device__ bool WaitForTokens(const MoEShape& shape, const Arena& arena, const CombineParams& p, uint32_t epoch,
+                              int64_t first, int64_t last) {
   bool arrived = true;
-  for (int rank = threadIdx.x % 32; rank < shape.num_ranks; rank += 32)
-    if (rank != arena.rank && slots[rank] >= 0)
-      arrived &= Wait(arena, arena.SlotFlag(arena.rank, rank, slots[rank]), epoch, rank, Phase::kCombine);
-  arrived = __all_sync(kAllLanes, arrived);
-  __syncwarp();  // hands what each lane acquired to the others
-  return arrived;
+  const int64_t pairs = (last - first) * shape.num_ranks;
+  for (int64_t i = threadIdx.x; i - threadIdx.x % 32 < pairs; i += kThreads) {
+    const int rank = static_cast<int>(i % shape.num_ranks);
+    const int slot = i < pairs && rank != arena.rank ? p.tables.send_slots[first * shape.num_ranks + i] : -1;
+    const uint32_t* flag = slot >= 0 ? arena.SlotFlag(arena.rank, rank, slot) : nullptr;
+    const unsigned same = __match_any_sync(kAllLanes, reinterpret_cast<uintptr_t>(flag));
+    if (flag != nullptr && threadIdx.x % 32 == __ffs(same) - 1)
+      arrived &= Wait(arena, flag, epoch, rank, Phase::kCombine);
+  }
+  return __syncthreads_and(arrived);
 }
 
-// What rank `from` returned for `slot`, rounded to T as it crossed; this rank's own is summed on the spot.
+// Adds what ranks [0, R) returned for a token, in order and rounded to T as it crossed; this rank's own is
+// summed on the spot. Vectors `first` + 32 u of the row, kUnroll of them.
 template <typename T>
-__device__ void AddRank(Sum<T> (&total)[kUnroll][kPerVector<T>], const MoEShape& shape, const Arena& arena,
-                        const CombineParams& p, uint32_t epoch, int from, int slot, int first, int vectors) {
-  if (from == arena.rank) {
-    Sum<T> sum[kUnroll][kPerVector<T>] = {};
-    SlotRows<T>(shape, p, from, slot).AddTo(sum, static_cast<const int4*>(p.y), vectors, first);
+__device__ void AddRanks(Sum<T> (&total)[kUnroll][kPerVector<T>], const MoEShape& shape, const Arena& arena,
+                         const CombineParams& p, uint32_t epoch, const int32_t* slots, const SlotRows<T>& own,
+                         int first) {
+  const int vectors = NumVectors(shape);
+  for (int rank = 0; rank < shape.num_ranks; ++rank) {
+    const int slot = slots[rank];
+    if (slot < 0) continue;
+    int4 v[kUnroll] = {};
+    if (rank == arena.rank) {
+      Sum<T> sum[kUnroll][kPerVector<T>] = {};
+      own.AddTo(sum, static_cast<const int4*>(p.y), vectors, first);
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) AddScaled<T>(total[u], Pack<T>(sum[u]), 1);
-    return;
+      for (int u = 0; u < kUnroll; ++u) v[u] = Pack<T>(sum[u]);
+    } else {
+      const int4* row = arena.Row(epoch, arena.rank, rank, slot);
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u)
+        if (first + 32 * u < vectors) v[u] = ptx::ld_no_allocate(row + first + 32 * u);
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) AddScaled<T>(total[u], v[u], 1);
   }
-  const int4* row = arena.Row(epoch, arena.rank, from, slot);
-  int4 v[kUnroll];
-#pragma unroll
-  for (int u = 0; u < kUnroll; ++u)
-    if (first + 32 * u < vectors) v[u] = ptx::ld_no_allocate(row + first + 32 * u);
-#pragma unroll
-  for (int u = 0; u < kUnroll; ++u)
-    if (first + 32 * u < vectors) AddScaled<T>(total[u], v[u], 1);
 }
 
 template <typename T>
@@ -140,25 +152,34 @@ __device__ void ReceiveToken(const MoEShape& shape, const Arena& arena, const Co
   const int lane = threadIdx.x % 32, vectors = NumVectors(shape), ranks = shape.num_ranks;
   const int32_t* slots = p.tables.send_slots + token * ranks;
   int4* out = static_cast<int4*>(p.out) + token * vectors;
-  if (!WaitForToken(shape, arena, slots, epoch)) return FillRow(out, vectors, NaNs(shape.dtype));
+  const SlotRows<T> own(shape, p, arena.rank, slots[arena.rank]);
   for (int begin = 0; begin < vectors; begin += 32 * kUnroll) {
     Sum<T> total[kUnroll][kPerVector<T>] = {};
-    for (int rank = 0; rank < ranks; ++rank)
-      if (slots[rank] >= 0) AddRank<T>(total, shape, arena, p, epoch, rank, slots[rank], begin + lane, vectors);
+    AddRanks<T>(total, shape, arena, p, epoch, slots, own, begin + lane);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u)
       if (begin + lane + 32 * u < vectors) ptx::st_no_allocate(out + begin + lane + 32 * u, Pack<T>(total[u]));
   }
   if (p.row_scalars == nullptr) return;
-  float scalar = 0.0f;
-  for (int rank = 0; rank < ranks; ++rank) {
-    if (slots[rank] < 0) continue;
-    if (rank == arena.rank)
-      scalar += SlotRows<T>(shape, p, rank, slots[rank]).Scalar(shape, p);
-    else if (lane < shape.topk)
+  float scalar = own.Scalar(shape, p);
+  for (int rank = 0; rank < ranks; ++rank)
+    if (rank != arena.rank && slots[rank] >= 0 && lane < shape.topk)
       scalar += arena.Scalars(epoch, arena.rank, rank, slots[rank])[lane];
-  }
   if (lane < shape.topk) p.token_scalars[token * shape.topk + lane] = scalar;
+}
+
+template <typename T>
+__device__ void Receive(const MoEShape& shape, const Arena& arena, const CombineParams& p, uint32_t epoch, int block,
+                        int blocks) {
+  for (int64_t first = block * int64_t{kWarps}; first < p.num_tokens; first += static_cast<int64_t>(blocks) * kWarps) {
+    const int64_t last = min(first + kWarps, p.num_tokens), token = first + threadIdx.x / 32;
+    const bool arrived = WaitForTokens(shape, arena, p, epoch, first, last);
+    if (token >= last) continue;
+    if (arrived)
+      ReceiveToken<T>(shape, arena, p, epoch, token);
+    else
+      FillRow(static_cast<int4*>(p.out) + token * NumVectors(shape), NumVectors(shape), NaNs(shape.dtype));
+  }
 }
 
 __device__ void FillNaN(const MoEShape& shape, const CombineParams& p) {
@@ -180,9 +201,7 @@ __global__ void __launch_bounds__(kThreads, 1) CombineKernel(MoEShape shape, Are
   } else if (block < 0) {
     Send<T>(shape, arena, p, epoch, senders);
   } else {
-    for (int64_t token = block * int64_t{kWarps} + threadIdx.x / 32; token < p.num_tokens;
-         token += static_cast<int64_t>(blocks) * kWarps)
-      ReceiveToken<T>(shape, arena, p, epoch, token);
+    Receive<T>(shape, arena, p, epoch, block, blocks);
   }
   LeaveEpoch(arena, epoch, Phase::kCombine);
 }

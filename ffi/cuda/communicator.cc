@@ -121,37 +121,30 @@ std::string Communicator::UploadBases(int32_t ordinal, const Device& device) {
                                                        device.host_bases.size() * sizeof(std::byte*), cudaMemcpyHostToDevice));
 }
 
-std::string Communicator::ExportHandles(std::vector<cudaIpcMemHandle_t>* handles) const {
+std::string Communicator::ExportHandles(std::vector<PeerHandle>* handles) const {
   for (const auto& [ordinal, device] : devices_) {
     ScopedDevice scope(ordinal);
-    const cudaError_t error = cudaIpcGetMemHandle(&handles->emplace_back(), device.arena);
+    PeerHandle& handle = handles->emplace_back();
+    handle.place = device.place;
+    const cudaError_t error = cudaIpcGetMemHandle(&handle.arena, device.arena);
     if (error != cudaSuccess) return Failed("cudaIpcGetMemHandle on GPU " + std::to_string(ordinal), error);
   }
   return "";
 }
 
-std::string Communicator::Connect(int32_t process, const std::vector<cudaIpcMemHandle_t>& handles) {
-  // The other process exports its devices by ordinal, as this one does.
-  std::map<int32_t, cudaIpcMemHandle_t> handle_of;
-  for (const Group& group : spec_.groups)
-    for (const Member& member : group)
-      if (member.process == process) handle_of[member.ordinal];
-  if (handle_of.size() != handles.size()) return "malformed handle";
-  auto next = handles.begin();
-  for (auto& [ordinal, handle] : handle_of) handle = *next++;
-
+std::string Communicator::Connect(const std::vector<PeerHandle>& handles) {
   for (auto& [ordinal, device] : devices_) {
     ScopedDevice scope(ordinal);
-    const Group& group = spec_.groups[device.place.group];
-    for (int rank = 0; rank < static_cast<int>(group.size()); ++rank) {
-      if (group[rank].process != process) continue;
+    for (const PeerHandle& handle : handles) {
+      if (handle.place.group != device.place.group) continue;
       void* base = nullptr;
-      const cudaError_t error = cudaIpcOpenMemHandle(&base, handle_of.at(group[rank].ordinal), cudaIpcMemLazyEnablePeerAccess);
+      const cudaError_t error = cudaIpcOpenMemHandle(&base, handle.arena, cudaIpcMemLazyEnablePeerAccess);
       if (error != cudaSuccess)
         return Failed("GPU " + std::to_string(ordinal) + " (rank " + std::to_string(device.place.rank) +
-                          ") cannot map the memory of rank " + std::to_string(rank), error);
-      device.host_bases[rank] = static_cast<std::byte*>(base);
-      device.opened.push_back(device.host_bases[rank]);
+                          ") cannot map the memory of rank " + std::to_string(handle.place.rank),
+                      error);
+      device.opened.push_back(static_cast<std::byte*>(base));
+      device.host_bases.at(handle.place.rank) = device.opened.back();
     }
     if (const std::string error = UploadBases(ordinal, device); !error.empty()) return error;
   }
@@ -173,7 +166,8 @@ Arena Communicator::ArenaOf(const Device& device) const {
           device.place.rank};
 }
 
-Blocks Communicator::BlocksOf(const Device& device, double sender_share) const {
+Blocks Communicator::BlocksOf(const Device& device, const BlockCounts& chosen, double sender_share) const {
+  if (chosen.senders > 0) return {chosen.senders + chosen.receivers, chosen.senders};
   const int total = spec_.num_sms > 0 ? std::min(spec_.num_sms, device.num_sms) : device.num_sms;
   if (spec_.shape.num_ranks == 1) return {total, 0};
   const int at_least_two = std::max(total, 2);
@@ -189,13 +183,13 @@ std::string Communicator::Route(int32_t ordinal, const RouteParams& params, cuda
 std::string Communicator::Dispatch(int32_t ordinal, const DispatchParams& params, cudaStream_t stream) {
   ScopedDevice scope(ordinal);
   const Device& device = devices_.at(ordinal);
-  return Failed("dispatch", LaunchDispatch(spec_.shape, ArenaOf(device), params, BlocksOf(device, kDispatchSenders), stream));
+  return Failed("dispatch", LaunchDispatch(spec_.shape, ArenaOf(device), params, BlocksOf(device, spec_.dispatch_blocks, kDispatchSenders), stream));
 }
 
 std::string Communicator::Combine(int32_t ordinal, const CombineParams& params, cudaStream_t stream) {
   ScopedDevice scope(ordinal);
   const Device& device = devices_.at(ordinal);
-  return Failed("combine", LaunchCombine(spec_.shape, ArenaOf(device), params, BlocksOf(device, kCombineSenders), stream));
+  return Failed("combine", LaunchCombine(spec_.shape, ArenaOf(device), params, BlocksOf(device, spec_.combine_blocks, kCombineSenders), stream));
 }
 
 ErrorRecord Communicator::TakeError() {

@@ -24,9 +24,13 @@ class Communicator {
 
   // Allocates the arenas, loads all kernels, and connects the ranks that live in this process.
   std::string Prepare();
-  // One cudaIpcMemHandle_t per local device, by ordinal.
-  std::string ExportHandles(std::vector<cudaIpcMemHandle_t>* handles) const;
-  std::string Connect(int32_t process, const std::vector<cudaIpcMemHandle_t>& handles);
+  // How another process reaches the arena of the device at `place`.
+  struct PeerHandle {
+    Place place;
+    cudaIpcMemHandle_t arena;
+  };
+  std::string ExportHandles(std::vector<PeerHandle>* handles) const;
+  std::string Connect(const std::vector<PeerHandle>& handles);
   // Waits for this process's GPUs and lets go of others' memory. Then theirs may be freed.
   void Disconnect();
 
@@ -54,8 +58,8 @@ class Communicator {
   std::string ConnectLocal(int32_t ordinal, Device& device);
   std::string UploadBases(int32_t ordinal, const Device& device);
   Arena ArenaOf(const Device& device) const;
-  // Sends with `sender_share` of the blocks, if there is anyone to send to.
-  Blocks BlocksOf(const Device& device, double sender_share) const;
+  // What was chosen, or as many blocks as there are SMs, `sender_share` of them to send.
+  Blocks BlocksOf(const Device& device, const BlockCounts& chosen, double sender_share) const;
 
   const CommunicatorSpec spec_;
   const ArenaLayout layout_;

@@ -109,51 +109,73 @@ __device__ void PlaceWeights(const MoEShape& shape, const DispatchParams& p, con
   }
 }
 
-// One warp: waits for a slot and gives its rows what they are due, NaN if it never came.
-template <typename T>
-__device__ void ReceiveSlot(const MoEShape& shape, const Arena& arena, const DispatchParams& p, uint32_t epoch,
-                            int source, int64_t slot) {
-  const int lane = threadIdx.x % 32, vectors = NumVectors(shape), per_slot = shape.rows_per_slot();
-  const int32_t* rows = p.tables.recv_rows + (source * p.num_tokens + slot) * per_slot;
-  const int row = lane < per_slot ? rows[lane] : -1;
-  const unsigned lanes = __ballot_sync(kAllLanes, row >= 0);
-  const int4* from;
+// What a receiving warp reads for one slot.
+struct SlotSource {
+  const int4* row;
   const float* weights;
-  bool arrived = true;
-  if (source == arena.rank) {
-    const int64_t token = p.tables.send_tokens[source * p.num_tokens + slot];
-    from = static_cast<const int4*>(p.x) + token * vectors;
-    weights = p.weights + token * shape.topk;
-  } else {
-    if (lane == 0) arrived = Wait(arena, arena.SlotFlag(arena.rank, source, slot), epoch, source, Phase::kDispatch);
-    arrived = __shfl_sync(kAllLanes, arrived, 0);
-    __syncwarp();  // hands what lane 0 acquired to the others
-    from = arena.Row(epoch, arena.rank, source, slot);
-    weights = arena.Scalars(epoch, arena.rank, source, slot);
+
+  __device__ SlotSource(const MoEShape& shape, const Arena& arena, const DispatchParams& p, uint32_t epoch, int source,
+                        int64_t slot) {
+    if (source == arena.rank) {
+      const int64_t token = p.tables.send_tokens[source * p.num_tokens + slot];
+      row = static_cast<const int4*>(p.x) + token * NumVectors(shape);
+      weights = p.weights + token * shape.topk;
+    } else {
+      row = arena.Row(epoch, arena.rank, source, slot);
+      weights = arena.Scalars(epoch, arena.rank, source, slot);
+    }
   }
+};
+
+// One warp gives the rows of a slot what they are due, NaN if it never came.
+template <typename T>
+__device__ void ReceiveSlot(const MoEShape& shape, const DispatchParams& p, const SlotSource& from, int row,
+                            bool arrived) {
+  const int vectors = NumVectors(shape);
   int4* tokens = static_cast<int4*>(p.tokens);
-  if (!arrived) {
-    for (unsigned rest = lanes; rest != 0; rest &= rest - 1)
-      FillRow(tokens + static_cast<int64_t>(__shfl_sync(kAllLanes, row, __ffs(rest) - 1)) * vectors, vectors,
-              NaNs(shape.dtype));
-  } else if (p.y != nullptr) {
-    for (unsigned rest = lanes; rest != 0; rest &= rest - 1)
-      ScaleRow<T>(p, from, vectors, __shfl_sync(kAllLanes, row, __ffs(rest) - 1));
-  } else {
-    ExpandRow(tokens, from, vectors, row, lanes);
-    PlaceWeights(shape, p, weights, row, lanes);
+  const unsigned lanes = __ballot_sync(kAllLanes, row >= 0);
+  if (arrived && p.y == nullptr) {
+    ExpandRow(tokens, from.row, vectors, row, lanes);
+    PlaceWeights(shape, p, from.weights, row, lanes);
+    return;
+  }
+  for (unsigned rest = lanes; rest != 0; rest &= rest - 1) {
+    const int64_t to = __shfl_sync(kAllLanes, row, __ffs(rest) - 1);
+    if (arrived)
+      ScaleRow<T>(p, from.row, vectors, to);
+    else
+      FillRow(tokens + to * vectors, vectors, NaNs(shape.dtype));
   }
 }
 
+// One (source, kWarps slots) at a time, a warp per slot. One thread per chunk waits for all: flags polled
+// by every warp would slow down what they wait for.
 template <typename T>
 __device__ void Receive(const MoEShape& shape, const Arena& arena, const DispatchParams& p, uint32_t epoch, int block,
                         int blocks) {
-  const int64_t chunks = CeilDiv(p.num_tokens, kWarps);
-  for (int64_t task = block; task < chunks * shape.num_ranks; task += blocks) {
+  __shared__ bool arrived[kWarps / kSlotsPerChunk];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, per_slot = shape.rows_per_slot();
+  const int64_t tasks_per_source = CeilDiv(p.num_tokens, kWarps);
+  for (int64_t task = block; task < tasks_per_source * shape.num_ranks; task += blocks) {
     // Own tokens are there from the start: they fill the time until others arrive.
     const int source = (arena.rank + static_cast<int>(task % shape.num_ranks)) % shape.num_ranks;
-    const int64_t slot = task / shape.num_ranks * kWarps + threadIdx.x / 32;
-    if (slot < p.tables.recv_counts[source]) ReceiveSlot<T>(shape, arena, p, epoch, source, slot);
+    const int64_t first = task / shape.num_ranks * kWarps, slot = first + warp;
+    const int64_t count = p.tables.recv_counts[source];
+    if (first >= count) continue;
+    // Fetched before the wait, so that its latency passes meanwhile.
+    const int32_t* rows = p.tables.recv_rows + (source * p.num_tokens + slot) * per_slot;
+    const int row = slot < count && lane < per_slot ? rows[lane] : -1;
+    if (source != arena.rank) {
+      const int64_t waited_for = first + threadIdx.x * kSlotsPerChunk;
+      if (threadIdx.x < kWarps / kSlotsPerChunk && waited_for < count)
+        arrived[threadIdx.x] =
+            Wait(arena, arena.SlotFlag(arena.rank, source, waited_for), epoch, source, Phase::kDispatch);
+      __syncthreads();
+    }
+    if (slot < count)
+      ReceiveSlot<T>(shape, p, SlotSource(shape, arena, p, epoch, source, slot), row,
+                     source == arena.rank || arrived[warp / kSlotsPerChunk]);
+    if (source != arena.rank) __syncthreads();  // before `arrived` is written again
   }
 }
 

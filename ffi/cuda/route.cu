@@ -1,8 +1,9 @@
 // Routing: every rank sends its topk_ids to all others, and each then lays out its own rows from all of
 // them. One exchange, no counts to wait for; the same inputs give every rank the same totals.
 //
-// Kernel 1 exchanges and counts, per block of tokens. Kernel 2 turns the counts before a block into the
-// first row of each of its groups, and places the block's rows in order of (token, k).
+// Kernel 1 exchanges and counts, per block of tokens; its last block adds the counts up over the blocks.
+// Kernel 2 turns the counts before a block into the first row of each of its groups, and places the
+// block's rows in order of (token, k).
 #include "cuda/ops.h"
 #include "cuda/sync.cuh"
 
@@ -52,6 +53,27 @@ __device__ void SendIds(const Arena& arena, const Part& part, uint32_t epoch, in
     if (peer != arena.rank) ptx::st_release_sys(arena.IdsFlag(peer, arena.rank, part.block), epoch);
 }
 
+// Turns the blocks' histograms, in order of (source, block), into the sums before each and, in one more
+// row, over all. One block, a thread per column, several loads in flight.
+__device__ void ScanHistograms(const Arena& arena) {
+  constexpr int kBatch = 16;
+  const int rows = gridDim.x;
+  for (int column = threadIdx.x; column < arena.layout.histogram_size; column += kThreads) {
+    int sum = 0;
+    for (int begin = 0; begin < rows; begin += kBatch) {
+      int counts[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) counts[i] = begin + i < rows ? __ldcg(&arena.Histogram(begin + i)[column]) : 0;
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        if (begin + i < rows) arena.Histogram(begin + i)[column] = sum;
+        sum += counts[i];
+      }
+    }
+    arena.Histogram(rows)[column] = sum;
+  }
+}
+
 __global__ void __launch_bounds__(kThreads) ExchangeAndCount(MoEShape shape, Arena arena, RouteParams params) {
   extern __shared__ int32_t counts[];  // [E] rows, [R] slots, [1] bad ids
   const Part part(arena, params.num_tokens);
@@ -84,19 +106,17 @@ __global__ void __launch_bounds__(kThreads) ExchangeAndCount(MoEShape shape, Are
       if (Hits(shape, mine, rank)) atomicAdd(&counts[shape.num_experts + rank], 1);
   }
   __syncthreads();
-  int32_t* histogram = arena.Histogram(part.source, part.block);
+  int32_t* histogram = arena.Histogram(part.source * part.blocks_per_source + part.block);
   for (int i = threadIdx.x; i < arena.layout.histogram_size; i += kThreads) histogram[i] = counts[i];
   // Kernel 2 adds to it.
   if (blockIdx.x == 0)
     for (int e = threadIdx.x; e < shape.local_experts(); e += kThreads) params.num_tokens_per_expert[e] = 0;
-  LeaveEpoch(arena, epoch, Phase::kRoute);
+  if (LeaveEpoch(arena, epoch, Phase::kRoute)) ScanHistograms(arena);
 }
 
-// Sums column `column` of the histograms of blocks [begin, end), in order of (source, block).
-__device__ int SumHistograms(const Arena& arena, int blocks_per_source, int column, int begin, int end) {
-  int sum = 0;
-  for (int i = begin; i < end; ++i) sum += arena.Histogram(i / blocks_per_source, i % blocks_per_source)[column];
-  return sum;
+// The entries of `column` in the histograms of blocks [begin, end), by (source, block), after the scan.
+__device__ __forceinline__ int CountRange(const Arena& arena, int column, int begin, int end) {
+  return arena.Histogram(end)[column] - arena.Histogram(begin)[column];
 }
 
 // values[i] becomes the sum of the aligned values before it; returns the sum of all. One warp.
@@ -153,7 +173,7 @@ __device__ void FillTotals(const MoEShape& shape, const Arena& arena, const Part
         rank_major ? shape.num_experts + arena.rank : arena.rank * shape.local_experts() + group;
     const int begin = rank_major ? group * blocks : 0;
     const int end = rank_major ? begin + blocks : shape.num_ranks * blocks;
-    tables.totals[group] = tables.starts[group] = SumHistograms(arena, blocks, column, begin, end);
+    tables.totals[group] = tables.starts[group] = CountRange(arena, column, begin, end);
   }
   __syncthreads();
   const int alignment = rank_major ? 1 : shape.expert_alignment;
@@ -176,7 +196,7 @@ __device__ void PlaceSlots(const MoEShape& shape, const Arena& arena, const Rout
   __syncthreads();
   for (int rank = first_rank + threadIdx.x; rank < last_rank; rank += kThreads) {
     const int first = part.source * part.blocks_per_source;
-    int slot = SumHistograms(arena, part.blocks_per_source, shape.num_experts + rank, first, first + part.block);
+    int slot = CountRange(arena, shape.num_experts + rank, first, first + part.block);
     for (int w = 0; w < kWarps; ++w) {
       const int count = tables.warp_slots[w * ranks + rank];
       tables.warp_slots[w * ranks + rank] = slot;
@@ -231,7 +251,7 @@ __device__ void PlaceExpertRows(const MoEShape& shape, const Arena& arena, const
     const int column = arena.rank * shape.local_experts() + group;
     const int before = part.source * part.blocks_per_source + part.block;
     int64_t row = static_cast<int64_t>(tables.starts[group]) +
-                  SumHistograms(arena, part.blocks_per_source, column, 0, before);
+                  CountRange(arena, column, 0, before);
     for (int w = 0; w < kWarps; ++w) {
       const int count = tables.warp_rows[w * groups + group];
       tables.warp_rows[w * groups + group] = static_cast<int32_t>(min(row, static_cast<int64_t>(INT32_MAX - kThreads * 32)));
@@ -260,7 +280,7 @@ __device__ void FillTails(const MoEShape& shape, const Arena& arena, const Route
   const int first = part.source * part.blocks_per_source, last = first + part.blocks_per_source;
   const int per_slot = shape.rows_per_slot();
   const auto slots_at = [&](int rank) {
-    return SumHistograms(arena, part.blocks_per_source, shape.num_experts + rank, first, last);
+    return CountRange(arena, shape.num_experts + rank, first, last);
   };
   const int64_t slot = part.begin + threadIdx.x;
   if (slot >= part.end) return;
@@ -280,11 +300,10 @@ __device__ int64_t RowsNeeded(const MoEShape& shape, const Arena& arena, int blo
   __syncthreads();
   const int all = shape.num_ranks * blocks_per_source;
   if (shape.layout == OutputLayout::kRankMajor) {
-    for (int i = threadIdx.x; i < all; i += kThreads)
-      atomicAdd(&sum, SumHistograms(arena, blocks_per_source, shape.num_experts + rank, i, i + 1));
+    if (threadIdx.x == 0) sum = CountRange(arena, shape.num_experts + rank, 0, all);
   } else {
     for (int e = threadIdx.x; e < shape.local_experts(); e += kThreads) {
-      const int rows = SumHistograms(arena, blocks_per_source, rank * shape.local_experts() + e, 0, all);
+      const int rows = CountRange(arena, rank * shape.local_experts() + e, 0, all);
       atomicAdd(&sum, CeilDiv(rows, shape.expert_alignment) * shape.expert_alignment);
     }
   }
@@ -298,7 +317,7 @@ __device__ ErrorRecord FindError(const MoEShape& shape, const Arena& arena, int 
   const int bad_column = shape.num_experts + shape.num_ranks;
   for (int rank = 0; rank < shape.num_ranks; ++rank) {
     const int first = rank * blocks_per_source;
-    const int bad = SumHistograms(arena, blocks_per_source, bad_column, first, first + blocks_per_source);
+    const int bad = CountRange(arena, bad_column, first, first + blocks_per_source);
     if (bad > 0) return {ErrorCode::kBadExpertId, rank, -1, Phase::kRoute, shape.num_experts, bad};
   }
   for (int rank = 0; rank < shape.num_ranks && !shape.drop_overflow; ++rank) {
@@ -332,8 +351,8 @@ __device__ void FillSummary(const MoEShape& shape, const Arena& arena, const Rou
   }
   for (int rank = threadIdx.x; rank < shape.num_ranks; rank += kThreads) {
     const int mine = arena.rank * blocks, theirs = rank * blocks;
-    out.send_counts[rank] = SumHistograms(arena, blocks, shape.num_experts + rank, mine, mine + blocks);
-    out.recv_counts[rank] = SumHistograms(arena, blocks, shape.num_experts + arena.rank, theirs, theirs + blocks);
+    out.send_counts[rank] = CountRange(arena, shape.num_experts + rank, mine, mine + blocks);
+    out.recv_counts[rank] = CountRange(arena, shape.num_experts + arena.rank, theirs, theirs + blocks);
   }
   const ErrorRecord error = FindError(shape, arena, blocks);
   __syncthreads();

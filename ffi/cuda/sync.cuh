@@ -59,17 +59,19 @@ __device__ inline uint32_t EnterEpoch(const Arena& arena) {
   return epoch;
 }
 
-// Ends an exchange; to be called by all threads of all blocks, last. The last block to come waits until
-// every peer has entered, without which the next epoch could overrun a slow one, and moves the epoch on.
-__device__ inline void LeaveEpoch(const Arena& arena, uint32_t epoch, Phase phase) {
+// Ends an exchange; to be called by all threads of all blocks. The last block to come waits until every
+// peer has entered, without which the next epoch could overrun a slow one, and moves the epoch on. True in
+// that block, which then sees what all others wrote.
+__device__ inline bool LeaveEpoch(const Arena& arena, uint32_t epoch, Phase phase) {
   __shared__ bool is_last;
   __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence();
     is_last = atomicAdd(&arena.Header()->blocks_done, 1) == gridDim.x - 1;
+    __threadfence();
   }
   __syncthreads();
-  if (!is_last) return;
+  if (!is_last) return false;
   for (int peer = threadIdx.x; peer < arena.layout.num_ranks; peer += blockDim.x)
     Wait(arena, arena.Ready(arena.rank, peer), epoch, peer, phase);
   __syncthreads();
@@ -77,6 +79,7 @@ __device__ inline void LeaveEpoch(const Arena& arena, uint32_t epoch, Phase phas
     arena.Header()->blocks_done = 0;
     arena.Header()->epoch = epoch;
   }
+  return true;
 }
 
 }  // namespace jax_ep::cuda

@@ -55,6 +55,8 @@ XLA_FFI_DEFINE_HANDLER(kCombine, Combine, BindCombine(BindCall()), {ffi::Traits:
 // The communicator as Python holds it; the registry holds it for the handlers.
 class PyCommunicator {
  public:
+  using Handle = cuda::Communicator::PeerHandle;
+
   PyCommunicator(const CommunicatorSpec& spec, bool /*across_processes*/)
       : communicator_(std::make_shared<cuda::Communicator>(spec)) {
     ThrowIfError(communicator_->Prepare());
@@ -63,14 +65,14 @@ class PyCommunicator {
   ~PyCommunicator() { Destroy(); }
 
   nb::bytes handle() const {
-    std::vector<cudaIpcMemHandle_t> handles;
+    std::vector<Handle> handles;
     ThrowIfError(communicator_->ExportHandles(&handles));
-    return nb::bytes(handles.data(), handles.size() * sizeof(cudaIpcMemHandle_t));
+    return nb::bytes(handles.data(), handles.size() * sizeof(Handle));
   }
-  void Connect(int32_t process, nb::bytes handle) {
-    std::vector<cudaIpcMemHandle_t> handles(handle.size() / sizeof(cudaIpcMemHandle_t));
-    std::memcpy(handles.data(), handle.data(), handles.size() * sizeof(cudaIpcMemHandle_t));
-    ThrowIfError(communicator_->Connect(process, handles));
+  void Connect(int32_t /*process*/, nb::bytes handle) {
+    std::vector<Handle> handles(handle.size() / sizeof(Handle));
+    std::memcpy(handles.data(), handle.data(), handles.size() * sizeof(Handle));
+    ThrowIfError(communicator_->Connect(handles));
   }
   void Disconnect() {
     if (communicator_ != nullptr) communicator_->Disconnect();

@@ -46,13 +46,18 @@ inline void BindSpecs(nb::module_& m) {
       .def("route_tables_size", [](const MoEShape& shape, int64_t num_tokens) {
         return RouteTablesLayout(shape, num_tokens).size;
       });
-  using Members = std::vector<std::vector<std::pair<int32_t, int32_t>>>;
+  using Pair = std::pair<int32_t, int32_t>;
+  using Members = std::vector<std::vector<Pair>>;
   nb::class_<CommunicatorSpec>(m, "CommunicatorSpec")
       .def(
           "__init__",
           [](CommunicatorSpec* self, int64_t id, const MoEShape& shape, const Members& groups,
-             int32_t process, double timeout_s, int32_t num_sms) {
-            new (self) CommunicatorSpec{id, shape, {}, process, timeout_s, num_sms};
+             int32_t process, double timeout_s, int32_t num_sms, Pair dispatch_blocks,
+             Pair combine_blocks) {
+            const BlockCounts dispatch{dispatch_blocks.first, dispatch_blocks.second};
+            const BlockCounts combine{combine_blocks.first, combine_blocks.second};
+            new (self) CommunicatorSpec{id,        shape,   {},       process,
+                                        timeout_s, num_sms, dispatch, combine};
             for (const auto& members : groups) {
               Group& group = self->groups.emplace_back();
               for (const auto& [member_process, ordinal] : members)
@@ -60,7 +65,8 @@ inline void BindSpecs(nb::module_& m) {
             }
           },
           nb::kw_only(), nb::arg("id"), nb::arg("shape"), nb::arg("groups"), nb::arg("process"),
-          nb::arg("timeout_s"), nb::arg("num_sms"));
+          nb::arg("timeout_s"), nb::arg("num_sms"), nb::arg("dispatch_blocks"),
+          nb::arg("combine_blocks"));
 }
 
 // code, rank, expected, got, and for a timeout its text.

@@ -1,0 +1,1 @@
+"""`python -m jax_ep.bench`: what the ops cost on this machine, beside what they cannot go below."""

@@ -1,0 +1,67 @@
+"""Named sizes and their random inputs, shared by benchmarks and tests."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """A mixture-of-experts layer's traffic. Sizes per rank; see docs/design.md for the letters."""
+
+    name: str
+    num_tokens: int  # T
+    hidden_size: int  # H
+    num_experts: int  # E
+    topk: int  # K
+    zipf_exponent: float = 0.0  # 0 is uniform routing
+    capacity_factor: float = 1.25  # of balanced routing
+
+    @property
+    def capacity(self) -> int:
+        """Rows per rank, a multiple of 128."""
+        return -(-int(self.num_tokens * self.topk * self.capacity_factor) // 128) * 128
+
+    def routing(self, num_ranks: int, seed: int = 0) -> np.ndarray:
+        """Distinct experts for every token: int32 `[R * T, K]`."""
+        rng = np.random.default_rng(seed)
+        popularity = np.arange(1, self.num_experts + 1, dtype=np.float64) ** -self.zipf_exponent
+        # The experts with the K largest keys log(p) + Gumbel noise: a draw without replacement.
+        keys = np.log(rng.permutation(popularity)) + rng.gumbel(size=(num_ranks * self.num_tokens, self.num_experts))
+        return np.argpartition(-keys, self.topk - 1, axis=1)[:, : self.topk].astype(np.int32)
+
+    def weights(self, num_ranks: int, seed: int = 1) -> np.ndarray:
+        """float32 `[R * T, K]`, adding up to 1 for each token."""
+        weights = np.random.default_rng(seed).random((num_ranks * self.num_tokens, self.topk), np.float32) + 0.1
+        return weights / weights.sum(1, keepdims=True)
+
+
+WORKLOADS = {
+    workload.name: workload
+    for workload in (
+        Workload("train-4k", 4096, 7168, 256, 8),
+        Workload("small", 8192, 2048, 64, 8),
+        Workload("tiny", 64, 64, 16, 2),
+        Workload("cpu-2k", 2048, 1024, 64, 8),
+    )
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """What a routing makes each rank move at least, in rows of H elements; the most loaded rank's numbers."""
+
+    rows_over_link: int  # (token, rank) that leave, or arrive at, one rank
+    rows_received: int  # output rows that hold a token
+
+    @staticmethod
+    def of(workload: Workload, routing: np.ndarray, num_ranks: int) -> Traffic:
+        ranks = routing // (workload.num_experts // num_ranks)
+        rows = np.bincount(ranks.ravel(), minlength=num_ranks)
+        hits = np.zeros((len(routing), num_ranks), bool)
+        np.put_along_axis(hits, ranks, True, axis=1)
+        pairs = hits.reshape(num_ranks, -1, num_ranks).sum(1)  # [source, destination]
+        np.fill_diagonal(pairs, 0)
+        return Traffic(int(max(pairs.sum(0).max(), pairs.sum(1).max())), int(rows.max()))

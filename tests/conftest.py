@@ -1,0 +1,70 @@
+"""Devices, strictness, and the implementations that the suite runs with.
+
+Environment:
+  JAX_EP_REQUIRE=cuda: tests with an `implementation` run on GPUs alone, and fail where there is none.
+  JAX_EP_EXAMPLES: random cases per property; the default keeps a run short on two cores.
+"""
+
+import os
+import tempfile
+
+# Before jax is imported. Processes that tests start share the GPUs with this one.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import hypothesis
+import hypothesis.configuration
+import jax
+import pytest
+import suite
+
+REQUIRED = os.environ.get("JAX_EP_REQUIRE")
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+hypothesis.configuration.set_hypothesis_home_dir(tempfile.mkdtemp(prefix="jax_ep_hypothesis_"))
+hypothesis.settings.register_profile(
+    "jax_ep",
+    max_examples=int(os.environ.get("JAX_EP_EXAMPLES", "10")),
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
+)
+hypothesis.settings.load_profile("jax_ep")
+
+
+def _usable(implementation: str) -> str:
+    missing = suite.missing(implementation)
+    if missing and REQUIRED == implementation:
+        pytest.fail(f"JAX_EP_REQUIRE={REQUIRED}: {missing}")
+    if missing:
+        pytest.skip(missing)
+    return implementation
+
+
+@pytest.fixture(params=["cuda"] if REQUIRED == "cuda" else ["reference", "cpu", "cuda"])
+def implementation(request) -> str:
+    return _usable(request.param)
+
+
+@pytest.fixture(params=["cuda"] if REQUIRED == "cuda" else ["cpu", "cuda"])
+def native_implementation(request) -> str:
+    """Those with code of their own, where a test shows nothing of the reference."""
+    return _usable(request.param)
+
+
+def _shared_memory_files() -> set[str]:
+    return set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
+
+
+@pytest.fixture
+def shared_memory_files():
+    return _shared_memory_files
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_is_left_in_shared_memory():
+    before = _shared_memory_files()
+    yield
+    assert _shared_memory_files() <= before

@@ -1,0 +1,720 @@
+// The CPU ops without Python and XLA, so that a sanitizer sees nothing but our code. Threads and
+// processes are ranks; every output is compared with naive.h. Ends with a message at the first
+// failure.
+//
+//   cmake -S . -B build/asan -DJAX_EP_SANITIZE=address,undefined && cmake --build build/asan -j2
+//   cmake -S . -B build/tsan -DJAX_EP_SANITIZE=thread && cmake --build build/tsan -j2
+//   build/asan/cpu_ops_test && build/tsan/cpu_ops_test
+//
+// An argument runs only the tests whose name contains it. GCC 12's ThreadSanitizer needs 28 or
+// fewer bits of address space randomisation (`sysctl vm.mmap_rnd_bits`); where there are more and
+// it reports an "unexpected memory mapping", run it under `setarch -R`. Processes are forked before
+// the test makes its first thread, since ThreadSanitizer does not follow a fork of several threads.
+#include <signal.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <chrono>
+#include <cstdio>
+#include <cstring>
+#include <deque>
+#include <limits>
+#include <memory>
+#include <thread>
+
+#include "cpu/communicator.h"
+#include "cpu/rows.h"
+#include "layer.h"
+#include "naive.h"
+#include "processes.h"
+
+namespace jax_ep::test {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+// Far above what anything here takes, since a busy machine must not fail a test that expects no
+// timeout.
+constexpr double kNoTimeout = 100.0;
+// XLA numbers the devices of the next process so.
+constexpr int32_t kOrdinalsPerProcess = 2048;
+
+double SecondsSince(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+// --- Shapes and specs ---
+
+MoEShape SmallShape(int ranks, OutputLayout layout = OutputLayout::kFlat) {
+  MoEShape shape;
+  shape.num_ranks = ranks, shape.num_experts = 2 * ranks, shape.topk = 2, shape.hidden_size = 5;
+  shape.max_tokens_per_rank = 3, shape.capacity = 6 * ranks, shape.layout = layout;
+  return shape;
+}
+
+MoEShape DrawShape(int ranks, Random& random) {
+  MoEShape shape;
+  shape.num_ranks = ranks;
+  shape.num_experts = ranks * static_cast<int32_t>(Between(random, 1, 6));
+  shape.topk = static_cast<int32_t>(Between(random, 1, 16));
+  shape.hidden_size = OneOf<int32_t>(random, {1, 3, 8, 17, 33});
+  shape.max_tokens_per_rank = OneOf<int32_t>(random, {1, 2, 9, 20});
+  shape.layout = OneOf(random, {OutputLayout::kFlat, OutputLayout::kRankMajor});
+  shape.dtype = OneOf(random, {DType::kF16, DType::kBF16, DType::kF32, DType::kF64});
+  if (shape.layout == OutputLayout::kFlat)
+    shape.expert_alignment = OneOf<int32_t>(random, {1, 1, 3, 16});
+  const int64_t slots = int64_t{ranks} * shape.max_tokens_per_rank;
+  const int64_t worst =
+      slots * shape.rows_per_slot() + shape.local_experts() * (shape.expert_alignment - 1);
+  shape.capacity = Between(random, 0, 2) > 0 ? worst : Between(random, 1, worst);
+  shape.drop_overflow = Between(random, 0, 1) > 0;
+  return shape;
+}
+
+// Rows over more than one tile of the sums, and slots and tokens over more than one piece of work.
+MoEShape LargeShape(int ranks, OutputLayout layout, DType dtype) {
+  MoEShape shape = SmallShape(ranks, layout);
+  shape.dtype = dtype;
+  shape.hidden_size = dtype == DType::kF16 ? 1500 : 9;
+  shape.max_tokens_per_rank = dtype == DType::kF16 ? 20 : 300;
+  shape.capacity = int64_t{ranks} * shape.max_tokens_per_rank * shape.rows_per_slot();
+  return shape;
+}
+
+// For tests of what goes on around an op.
+Layer AnyLayer(const MoEShape& shape) {
+  Random random(0);
+  return DrawLayer(shape, shape.max_tokens_per_rank, Draw::kUniform, random);
+}
+
+std::vector<Layer> DrawLayers(const MoEShape& shape, int count, Random& random) {
+  std::vector<Layer> layers;
+  for (int i = 0; i < count; ++i) {
+    const Draw draw = static_cast<Draw>(Between(random, 0, kNumDraws - 1));
+    layers.push_back(DrawLayer(shape, Between(random, 0, shape.max_tokens_per_rank), draw, random));
+  }
+  return layers;
+}
+
+// `groups` independent groups of `processes` x `local` ranks. Interleaved, neighbouring ranks live
+// in different processes.
+CommunicatorSpec MakeSpec(const MoEShape& shape, int processes, int local, int groups,
+                          double timeout_s, bool interleaved = false) {
+  CommunicatorSpec spec;
+  spec.shape = shape;
+  spec.timeout_s = timeout_s;
+  for (int group = 0; group < groups; ++group) {
+    Group& members = spec.groups.emplace_back();
+    for (int rank = 0; rank < processes * local; ++rank) {
+      const int process = interleaved ? rank % processes : rank / local;
+      const int index = interleaved ? rank / processes : rank % local;
+      members.push_back({process, process * kOrdinalsPerProcess + group * local + index});
+    }
+  }
+  return spec;
+}
+
+CommunicatorSpec LocalSpec(const MoEShape& shape, double timeout_s = kNoTimeout) {
+  return MakeSpec(shape, 1, shape.num_ranks, 1, timeout_s);
+}
+
+// --- Rounds: every rank walks through all layers at once ---
+
+OpKey KeyOf(size_t layer, int64_t round) {
+  // Two layers share their call sites, as two iterations of a scan do.
+  OpKey key;
+  key.site = static_cast<int64_t>(layer / 2) * RankWalk::kNumSteps, key.run_id = round,
+  key.occurrence = layer % 2;
+  return key;
+}
+
+// Returns the first error that an op of this rank was given; stops there.
+ErrorRecord RunRank(Communicator& communicator, const std::vector<Layer>& layers, Place place,
+                    int64_t first_round, int64_t rounds) {
+  const int32_t ordinal = communicator.spec().groups[place.group][place.rank].ordinal;
+  Random random(static_cast<uint32_t>(ordinal) + 1);
+  std::vector<size_t> order(layers.size());
+  for (size_t i = 0; i < order.size(); ++i) order[i] = i;
+  for (int64_t round = first_round; round < first_round + rounds; ++round) {
+    std::deque<RankWalk> walks;
+    // Groups differ in which data a layer has.
+    for (size_t i = 0; i < layers.size(); ++i)
+      walks.emplace_back(layers[(i + place.group) % layers.size()], place.rank);
+    std::shuffle(order.begin(), order.end(), random);
+    for (const size_t i : order)
+      walks[i].Start(communicator, ordinal, KeyOf(i, round), static_cast<uint32_t>(random()));
+    ErrorRecord error;
+    for (RankWalk& walk : walks)
+      if (const ErrorRecord of_walk = walk.Wait(); error.code == ErrorCode::kNone) error = of_walk;
+    if (error.code != ErrorCode::kNone) return error;
+    for (const RankWalk& walk : walks) walk.Check();
+  }
+  return {};
+}
+
+// All ranks of this process; returns the error of each. They do not wait for each other between
+// rounds.
+std::vector<ErrorRecord> RunRanks(Communicator& communicator, const std::vector<Layer>& layers,
+                                  int64_t first_round, int64_t rounds) {
+  const CommunicatorSpec& spec = communicator.spec();
+  std::deque<ErrorRecord> errors;
+  std::vector<std::thread> threads;
+  for (int group = 0; group < static_cast<int>(spec.groups.size()); ++group)
+    for (int rank = 0; rank < spec.shape.num_ranks; ++rank) {
+      if (spec.groups[group][rank].process != spec.process) continue;
+      ErrorRecord& error = errors.emplace_back();
+      threads.emplace_back([&, group, rank] {
+        error = RunRank(communicator, layers, {group, rank}, first_round, rounds);
+      });
+    }
+  for (std::thread& thread : threads) thread.join();
+  return {errors.begin(), errors.end()};
+}
+
+bool Equal(const ErrorRecord& a, const ErrorRecord& b) {
+  return a.code == b.code && a.rank == b.rank && a.peer == b.peer && a.phase == b.phase &&
+         a.expected == b.expected && a.got == b.got;
+}
+
+// The communicator holds the error of one of the layers, if any has one, and gives it away once.
+void ExpectErrorOf(Communicator& communicator, const std::vector<Layer>& layers) {
+  const ErrorRecord error = communicator.TakeError();
+  const auto fits = [&](const Layer& layer) { return Equal(layer.error, error); };
+  const auto fails = [](const Layer& layer) { return layer.error.code != ErrorCode::kNone; };
+  if (!std::any_of(layers.begin(), layers.end(), fits) ||
+      (error.code == ErrorCode::kNone && std::any_of(layers.begin(), layers.end(), fails)))
+    Fail("TakeError: got code %d of rank %d", static_cast<int>(error.code), error.rank);
+  if (communicator.TakeError().code != ErrorCode::kNone) Fail("TakeError: the error came twice");
+}
+
+void RunRounds(Communicator& communicator, const std::vector<Layer>& layers, int64_t rounds) {
+  for (const ErrorRecord& error : RunRanks(communicator, layers, 0, rounds))
+    if (error.code != ErrorCode::kNone)
+      Fail("%s; %s", DescribeTimeout(error, communicator.spec().timeout_s).c_str(),
+           Describe(communicator.spec().shape).c_str());
+  ExpectErrorOf(communicator, layers);
+}
+
+// --- Threads as ranks ---
+
+int TestRandomShapes() {
+  constexpr int kShapes = 25;
+  Random random(1);
+  int passed = 0;
+  for (const int ranks : {1, 2, 3, 4, 8})
+    for (int i = 0; i < kShapes; ++i, ++passed) {
+      const MoEShape shape = DrawShape(ranks, random);
+      Communicator communicator(LocalSpec(shape));
+      RunRounds(communicator, DrawLayers(shape, 3, random), 2);
+    }
+  return passed;
+}
+
+// Every way to draw topk_ids with every layout, and with capacity for all, for some and for one
+// row.
+int TestRoutings() {
+  Random random(2);
+  int passed = 0;
+  for (int draw = 0; draw < kNumDraws; ++draw)
+    for (const OutputLayout layout : {OutputLayout::kFlat, OutputLayout::kRankMajor})
+      for (const int64_t capacity : {18, 7, 1})
+        for (const bool drop : {false, true}) {
+          MoEShape shape = SmallShape(3, layout);
+          shape.capacity = capacity, shape.drop_overflow = drop;
+          Communicator communicator(LocalSpec(shape));
+          std::vector<Layer> layers;
+          for (const int64_t tokens : {0, 1, 3})
+            layers.push_back(DrawLayer(shape, tokens, static_cast<Draw>(draw), random));
+          RunRounds(communicator, layers, 1);
+          ++passed;
+        }
+  return passed;
+}
+
+int TestLargeShapes() {
+  Random random(3);
+  int passed = 0;
+  for (const OutputLayout layout : {OutputLayout::kFlat, OutputLayout::kRankMajor})
+    for (const DType dtype : {DType::kF16, DType::kBF16, DType::kF32, DType::kF64}) {
+      const MoEShape shape = LargeShape(2, layout, dtype);
+      Communicator communicator(LocalSpec(shape));
+      RunRounds(communicator, {DrawLayer(shape, shape.max_tokens_per_rank, Draw::kUniform, random)},
+                1);
+      ++passed;
+    }
+  return passed;
+}
+
+int TestManyRounds() {
+  constexpr int kRounds = 1200;
+  Random random(4);
+  for (const int ranks : {2, 4}) {
+    const MoEShape shape = SmallShape(ranks);
+    Communicator communicator(LocalSpec(shape));
+    RunRounds(communicator, DrawLayers(shape, 4, random), kRounds);
+  }
+  return 2 * kRounds;
+}
+
+// Two groups of one process share threads and locks, nothing else.
+int TestGroups() {
+  constexpr int kRounds = 100;
+  Random random(5);
+  const MoEShape shape = SmallShape(3);
+  Communicator communicator(MakeSpec(shape, 1, 3, 2, kNoTimeout));
+  RunRounds(communicator, DrawLayers(shape, 4, random), kRounds);
+  return kRounds;
+}
+
+// --- One op, and what its ranks are told ---
+
+// Hands one value from a callback to whoever waits for it.
+class Answer {
+ public:
+  cpu::DoneCallback Callback() {
+    return [this](const ErrorRecord& error) { Set(error); };
+  }
+  void Set(const ErrorRecord& error) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (std::exchange(is_set_, true)) Fail("an op was completed twice");
+    error_ = error;
+    set_.notify_all();
+  }
+  ErrorRecord Get() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    set_.wait(lock, [this] { return is_set_; });
+    return error_;
+  }
+  bool is_set() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return is_set_;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable set_;
+  ErrorRecord error_;
+  bool is_set_ = false;
+};
+
+void ExpectTimeout(const ErrorRecord& error, int rank, int peer, Phase phase) {
+  if (error.code == ErrorCode::kTimeout && error.rank == rank && error.peer == peer &&
+      error.phase == phase)
+    return;
+  Fail(
+      "expected a timeout of rank %d waiting for rank %d in phase %d, got code %d, rank %d, peer "
+      "%d, phase %d",
+      rank, peer, static_cast<int>(phase), static_cast<int>(error.code), error.rank, error.peer,
+      static_cast<int>(error.phase));
+}
+
+void ExpectBetween(const char* what, double seconds, double low, double high) {
+  if (seconds < low || seconds > high)
+    Fail("%s took %.3f s, expected %.3f to %.3f", what, seconds, low, high);
+}
+
+// A rank of this process never comes: the others hear of it in time, and all that follows fails at
+// once.
+int TestMissingRank() {
+  const Layer layer = AnyLayer(SmallShape(3));
+  Communicator communicator(LocalSpec(layer.shape, 0.5));
+  RankWalk first(layer, 0), third(layer, 2);
+  Answer answers[2], late;
+  const auto start = Clock::now();
+  communicator.Submit(0, {}, first.Op(RankWalk::kRoute), answers[0].Callback());
+  communicator.Submit(2, {}, third.Op(RankWalk::kRoute), answers[1].Callback());
+  for (Answer& answer : answers) {
+    const ErrorRecord error = answer.Get();
+    ExpectTimeout(error, 0, 1, Phase::kRoute);
+    if (error.expected != 3 || error.got != 2)
+      Fail("expected 2 of 3 arrivals, got %lld", static_cast<long long>(error.got));
+  }
+  ExpectBetween("the timeout", SecondsSince(start), 0.5, 5.0);
+  communicator.Submit(2, {}, third.Op(RankWalk::kRoute), late.Callback());
+  ExpectTimeout(late.Get(), 0, 1, Phase::kRoute);
+  for (int i = 0; i < 2; ++i) ExpectTimeout(communicator.TakeError(), 0, 1, Phase::kRoute);
+  return 1;
+}
+
+int TestInfiniteTimeout() {
+  const Layer layer = AnyLayer(SmallShape(2));
+  Communicator communicator(LocalSpec(layer.shape, std::numeric_limits<double>::infinity()));
+  RankWalk first(layer, 0), second(layer, 1);
+  Answer answers[2];
+  communicator.Submit(0, {}, first.Op(RankWalk::kRoute), answers[0].Callback());
+  std::this_thread::sleep_for(std::chrono::milliseconds(20));
+  communicator.Submit(1, {}, second.Op(RankWalk::kRoute), answers[1].Callback());
+  for (Answer& answer : answers)
+    if (answer.Get().code != ErrorCode::kNone) Fail("an infinite timeout ended");
+  return 1;
+}
+
+// --- Destruction ---
+
+// Does not wait for ranks that may never come.
+int TestDestroyWithPendingArrivals() {
+  constexpr int kPending = 20;
+  const Layer layer = AnyLayer(SmallShape(2));
+  RankWalk walk(layer, 0);
+  std::deque<Answer> answers(kPending);
+  const auto start = Clock::now();
+  {
+    Communicator communicator(LocalSpec(layer.shape));
+    for (int i = 0; i < kPending; ++i)
+      communicator.Submit(i % 2, {0, i, 0, 0}, walk.Op(RankWalk::kRoute), answers[i].Callback());
+  }
+  for (int i = 0; i < kPending; ++i)
+    ExpectTimeout(answers[i].Get(), i % 2, 1 - i % 2, Phase::kRoute);
+  ExpectBetween("destruction", SecondsSince(start), 0, 10);
+  return kPending;
+}
+
+// A callback that blocks, and so outlives the communicator, does not keep it from ending.
+int TestDestroyWithCallbacksOutstanding() {
+  const Layer layer = AnyLayer(SmallShape(2));
+  RankWalk walks[] = {{layer, 0}, {layer, 1}};
+  Answer go, answers[2];
+  {
+    Communicator communicator(LocalSpec(layer.shape));
+    for (int rank = 0; rank < 2; ++rank)
+      communicator.Submit(rank, {}, walks[rank].Op(RankWalk::kRoute),
+                          [&go, &answer = answers[rank]](const ErrorRecord& error) {
+                            go.Get();
+                            answer.Set(error);
+                          });
+  }
+  if (answers[0].is_set() || answers[1].is_set()) Fail("a callback did not block");
+  go.Set({});
+  for (Answer& answer : answers)
+    if (answer.Get().code != ErrorCode::kNone) Fail("an op that had begun was not completed");
+  return 1;
+}
+
+// As a handler does: finds a communicator by its id, and lets go of it in the callback.
+void UseRegistered(const Layer& layer, int64_t id, int64_t run_id) {
+  auto communicator = cpu::Find(id);
+  if (communicator == nullptr || communicator->spec().id != id || cpu::Find(-1) != nullptr)
+    Fail("registry");
+  RankWalk walk(layer, 0);
+  Answer answer;
+  // The registry still holds it while this thread is in it.
+  Communicator& registered = *communicator;
+  registered.Submit(0, {0, registered.NextSite(), run_id, 0}, walk.Op(RankWalk::kRoute),
+                    [&answer, held = std::move(communicator)](const ErrorRecord& error) mutable {
+                      held.reset();
+                      answer.Set(error);
+                    });
+  cpu::Unregister(id);
+  cpu::Unregister(id);
+  if (answer.Get().code != ErrorCode::kNone || cpu::Find(id) != nullptr) Fail("registry");
+}
+
+// Communicators come and go, and callbacks drop the last reference.
+int TestRegistry() {
+  constexpr int kThreads = 4, kRounds = 50;
+  const Layer layer = AnyLayer(SmallShape(1));
+  std::vector<std::thread> threads;
+  for (int64_t id = 0; id < kThreads; ++id)
+    threads.emplace_back([&layer, id] {
+      for (int64_t round = 0; round < kRounds; ++round) {
+        CommunicatorSpec spec = LocalSpec(layer.shape);
+        spec.id = id;
+        cpu::Register(std::make_shared<Communicator>(spec));
+        UseRegistered(layer, id, round);
+      }
+    });
+  for (std::thread& thread : threads) thread.join();
+  return kThreads * kRounds;
+}
+
+// --- Lanes and rows ---
+
+cpu::LaneContent LaneContentOf(int64_t site, int64_t run_id, int64_t occurrence) {
+  return {{0, site, run_id, occurrence}, Phase::kRoute, 1};
+}
+
+// Who finds that a lane holds a key sees the bytes that were written for it.
+int TestLaneHandover() {
+  constexpr int64_t kFills = 20000;
+  cpu::LaneHeader header{};
+  int64_t payload = -1;
+  std::thread reader([&] {
+    for (int64_t i = 0; i < kFills; ++i) {
+      while (!header.Holds(LaneContentOf(i, 0, 0))) std::this_thread::yield();
+      if (payload != i) Fail("lane: not the bytes of fill %d", static_cast<int>(i));
+      header.Release();
+    }
+  });
+  for (int64_t i = 0; i < kFills; ++i) {
+    while (!header.IsFree()) std::this_thread::yield();
+    header.SetContent(LaneContentOf(i, 0, 0));
+    payload = i;
+    header.Publish(1);
+  }
+  reader.join();
+  return kFills;
+}
+
+// A lane that is filled with two keys in turn never seems to hold one mixed of both.
+int TestLaneKeys() {
+  constexpr int64_t kFills = 1000000;
+  // Over two cache lines, as many headers are: within one, a mixed key is hardly ever seen.
+  struct alignas(64) {
+    std::byte before[32];
+    cpu::LaneHeader header;
+  } line = {};
+  cpu::LaneHeader& header = line.header;
+  std::atomic<bool> is_over{false};
+  std::thread bystander([&] {
+    while (!is_over)
+      for (int mix = 1; mix < 7; ++mix)
+        if (header.Holds(LaneContentOf(mix >> 2, mix >> 1 & 1, mix & 1)))
+          Fail("lane: held a key that nobody set");
+  });
+  for (int64_t i = 0; i < kFills; ++i) {
+    const cpu::LaneContent content = LaneContentOf(i % 2, i % 2, i % 2);
+    header.SetContent(content);
+    header.Publish(1);
+    if (!header.Holds(content)) Fail("lane: does not hold the key that was set");
+    header.Release();  // as a reader would
+  }
+  is_over = true;
+  bystander.join();
+  return kFills;
+}
+
+// Every 16-bit number survives a copy, and is what numbers beside it are rounded to.
+template <typename T>
+void CheckRounding(DType dtype) {
+  for (int bits = 0; bits < 1 << 16; ++bits) {
+    const T number{static_cast<uint16_t>(bits)};
+    T copy;
+    cpu::Scale(&copy, &number, 1.0f, 1);
+    const double value = naive::Decode16(number.bits, naive::FormatOf(dtype));
+    if (std::isnan(value) ? !std::isnan(naive::Decode16(copy.bits, naive::FormatOf(dtype)))
+                          : copy.bits != bits)
+      Fail("rows: %#x of dtype %d became %#x", bits, static_cast<int>(dtype), copy.bits);
+    // The float halfway to the next number, and its neighbours.
+    const double next = naive::Decode16(static_cast<uint16_t>(bits + 1), naive::FormatOf(dtype));
+    const float middle = static_cast<float>(value / 2 + next / 2);
+    for (const float x :
+         {middle, std::nextafterf(middle, 0.0f), std::nextafterf(middle, 2 * middle)}) {
+      T rounded;
+      cpu::Store(&rounded, &x, 1);
+      const uint16_t expected = naive::Encode16(x, naive::FormatOf(dtype));
+      if (!std::isnan(x) && rounded.bits != expected)
+        Fail("rows: %a as dtype %d: expected %#x, got %#x", x, static_cast<int>(dtype), expected,
+             rounded.bits);
+    }
+  }
+}
+
+int TestRounding() {
+  CheckRounding<cpu::F16>(DType::kF16);
+  CheckRounding<cpu::BF16>(DType::kBF16);
+  return 2 << 16;
+}
+
+// --- Processes as ranks ---
+
+struct Topology {
+  int processes, local, groups;
+  bool interleaved;
+};
+constexpr Topology kTopologies[] = {
+    {2, 1, 1, false}, {2, 2, 1, false}, {2, 2, 1, true}, {4, 1, 1, false}, {2, 1, 2, false}};
+
+CommunicatorSpec SpecOf(const Topology& t, const MoEShape& shape, double timeout_s) {
+  return MakeSpec(shape, t.processes, t.local, t.groups, timeout_s, t.interleaved);
+}
+
+int TestProcesses() {
+  constexpr int kShapes = 5, kRounds = 120;
+  for (const Topology& topology : kTopologies)
+    RunProcesses(topology.processes, [&](Board& board, int process) {
+      const int ranks = topology.processes * topology.local;
+      Random random(6);  // all processes draw the same
+      for (int i = 0; i < kShapes + 1; ++i) {
+        const MoEShape shape = i < kShapes ? DrawShape(ranks, random) : SmallShape(ranks);
+        const std::vector<Layer> layers = DrawLayers(shape, 4, random);
+        const auto communicator =
+            Connect(board, SpecOf(topology, shape, kNoTimeout), process, topology.processes);
+        RunRounds(*communicator, layers, i < kShapes ? 3 : kRounds);
+        // Ends while others may still read what it published.
+      }
+    });
+  return static_cast<int>(std::size(kTopologies)) * (kShapes * 3 + kRounds);
+}
+
+// More executions in flight than there are lanes. Beyond the lanes, order has to be the same
+// everywhere.
+int TestMoreOpsThanLanes() {
+  constexpr int kOps = cpu::kNumLanes * 3 / 2;
+  RunProcesses(2, [&](Board& board, int process) {
+    const Layer layer = AnyLayer(SmallShape(2));
+    const auto communicator =
+        Connect(board, MakeSpec(layer.shape, 2, 1, 1, kNoTimeout), process, 2);
+    std::deque<RankWalk> walks;
+    std::deque<Answer> answers(kOps);
+    for (int i = 0; i < kOps; ++i)
+      communicator->Submit(process * kOrdinalsPerProcess, {0, i, 0, 0},
+                           walks.emplace_back(layer, process).Op(RankWalk::kRoute),
+                           answers[i].Callback());
+    for (Answer& answer : answers)
+      if (answer.Get().code != ErrorCode::kNone) Fail("an op without a lane was not completed");
+  });
+  return kOps;
+}
+
+// Submits one step and waits for it.
+ErrorRecord RunStep(Communicator& communicator, int32_t ordinal, RankWalk& walk,
+                    RankWalk::Step step) {
+  Answer answer;
+  communicator.Submit(ordinal, {0, step, 0, 0}, walk.Op(step), answer.Callback());
+  return answer.Get();
+}
+
+// One of three processes stops before `silent_step`: the others are told who, where and in time.
+void RunWithSilentProcess(RankWalk::Step silent_step, Phase phase) {
+  constexpr int kProcesses = 3, kSilent = 1;
+  RunProcesses(kProcesses, [&](Board& board, int process) {
+    const Layer layer = AnyLayer(SmallShape(kProcesses));
+    auto communicator =
+        Connect(board, MakeSpec(layer.shape, kProcesses, 1, 1, 0.5), process, kProcesses);
+    RankWalk walk(layer, process);
+    const int32_t ordinal = process * kOrdinalsPerProcess;
+    for (int step = 0; step < silent_step; ++step)
+      if (RunStep(*communicator, ordinal, walk, static_cast<RankWalk::Step>(step)).code !=
+          ErrorCode::kNone)
+        Fail("a step before process %d fell silent failed", kSilent);
+    board.Meet(kProcesses);
+    if (process != kSilent) {
+      const auto start = Clock::now();
+      ExpectTimeout(RunStep(*communicator, ordinal, walk, silent_step), process, kSilent, phase);
+      ExpectBetween("the timeout", SecondsSince(start), 0.5, 5.0);
+      ExpectTimeout(RunStep(*communicator, ordinal, walk, silent_step), process, kSilent, phase);
+      ExpectTimeout(communicator->TakeError(), process, kSilent, phase);
+    }
+    communicator.reset();
+    board.Meet(kProcesses);
+  });
+}
+
+int TestSilentProcess() {
+  RunWithSilentProcess(RankWalk::kRoute, Phase::kRoute);
+  RunWithSilentProcess(RankWalk::kDispatch, Phase::kDispatch);
+  RunWithSilentProcess(RankWalk::kCombine, Phase::kCombine);
+  return 3;
+}
+
+// With more ops waiting than there are lanes, those without a lane fail like those with one.
+int TestSilentProcessAndNoLaneLeft() {
+  constexpr int kOps = cpu::kNumLanes + 10;
+  RunProcesses(2, [&](Board& board, int process) {
+    const Layer layer = AnyLayer(SmallShape(2));
+    const auto communicator = Connect(board, MakeSpec(layer.shape, 2, 1, 1, 0.5), process, 2);
+    if (process == 0) {
+      std::deque<RankWalk> walks;
+      std::deque<Answer> answers(kOps);
+      for (int i = 0; i < kOps; ++i)
+        communicator->Submit(0, {0, i, 0, 0}, walks.emplace_back(layer, 0).Op(RankWalk::kRoute),
+                             answers[i].Callback());
+      for (Answer& answer : answers) ExpectTimeout(answer.Get(), 0, 1, Phase::kRoute);
+    }
+    board.Meet(2);
+  });
+  return kOps;
+}
+
+// Processes whose programs differ must not take each other's bytes for their own.
+int TestDifferentPrograms() {
+  RunProcesses(2, [&](Board& board, int process) {
+    Random random(8);
+    const Layer layers[] = {DrawLayer(SmallShape(2), 2, Draw::kUniform, random),
+                            DrawLayer(SmallShape(2), 3, Draw::kUniform, random)};
+    const auto communicator = Connect(board, MakeSpec(SmallShape(2), 2, 1, 1, 0.5), process, 2);
+    RankWalk walk(layers[process], process);
+    ExpectTimeout(RunStep(*communicator, process * kOrdinalsPerProcess, walk, RankWalk::kRoute),
+                  process, 1 - process, Phase::kRoute);
+    board.Meet(2);
+  });
+  return 1;
+}
+
+// Runs rounds until one fails.
+void RunUntilFailure(Communicator& communicator, const std::vector<Layer>& layers,
+                     std::atomic<int64_t>& rounds) {
+  for (;; ++rounds)
+    for (const ErrorRecord& error : RunRanks(communicator, layers, rounds, 1))
+      if (error.code == ErrorCode::kTimeout) return;
+}
+
+// A process dies in the middle of its rounds: the rest learn that it was that one, and end cleanly.
+int TestKilledProcess() {
+  constexpr int kKillAfter[] = {0, 7, 30};
+  constexpr Topology kTopology{3, 2, 1, false};
+  constexpr int kVictim = 1;
+  const auto body = [&](Board& board, int process) {
+    Random random(9);
+    const MoEShape shape = SmallShape(kTopology.processes * kTopology.local);
+    const std::vector<Layer> layers = DrawLayers(shape, 3, random);
+    const auto communicator =
+        Connect(board, SpecOf(kTopology, shape, 2.0), process, kTopology.processes);
+    RunUntilFailure(*communicator, layers, board.rounds[process]);
+    const ErrorRecord error = communicator->TakeError();
+    if (error.code != ErrorCode::kTimeout || error.peer / kTopology.local != kVictim)
+      Fail("process %d died, but rank %d was blamed", kVictim, error.peer);
+  };
+  for (const int rounds : kKillAfter)
+    RunProcesses(kTopology.processes, body, [&](Board& board, const std::vector<pid_t>& children) {
+      // Past the bootstrap, which is not what this is about.
+      while (board.num_come < 2 * kTopology.processes || board.rounds[kVictim] < rounds)
+        usleep(100);
+      kill(children[kVictim], SIGKILL);
+      return kVictim;
+    });
+  return static_cast<int>(std::size(kKillAfter));
+}
+
+struct Test {
+  const char* name;
+  int (*run)();  // returns how many of what it repeats passed
+};
+constexpr Test kTests[] = {
+    // Those that fork come before those that start threads.
+    {"processes", TestProcesses},
+    {"more ops than lanes", TestMoreOpsThanLanes},
+    {"silent process", TestSilentProcess},
+    {"silent process and no lane left", TestSilentProcessAndNoLaneLeft},
+    {"different programs", TestDifferentPrograms},
+    {"killed process", TestKilledProcess},
+    {"routings", TestRoutings},
+    {"random shapes", TestRandomShapes},
+    {"large shapes", TestLargeShapes},
+    {"many rounds", TestManyRounds},
+    {"groups", TestGroups},
+    {"missing rank", TestMissingRank},
+    {"infinite timeout", TestInfiniteTimeout},
+    {"destroy with pending arrivals", TestDestroyWithPendingArrivals},
+    {"destroy with callbacks outstanding", TestDestroyWithCallbacksOutstanding},
+    {"registry", TestRegistry},
+    {"lane handover", TestLaneHandover},
+    {"lane keys", TestLaneKeys},
+    {"rounding", TestRounding},
+};
+
+}  // namespace
+}  // namespace jax_ep::test
+
+int main(int argc, char** argv) {
+  using namespace jax_ep::test;
+  alarm(600);  // whatever hangs; children end with their parent
+  for (const Test& test : kTests) {
+    if (argc > 1 && std::strstr(test.name, argv[1]) == nullptr) continue;
+    const auto start = Clock::now();
+    const int passed = test.run();
+    std::printf("%-36s %6d passed  %6.2f s\n", test.name, passed, SecondsSince(start));
+    std::fflush(stdout);
+  }
+  return 0;
+}

@@ -1,0 +1,307 @@
+"""What bad input gets: an error of the right type that names the argument, what was expected and what came."""
+
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import suite
+from jax.sharding import PartitionSpec as P
+from suite import FLAT, Case
+
+import jax_ep
+from jax_ep import MoECommunicator, MoECommunicatorConfig, _ffi
+
+
+def raises(error: type[Exception], argument: str, expected: str, got: str):
+    return pytest.raises(
+        error, match=f"^{re.escape(argument)}: expected .*{re.escape(expected)}.*got .*{re.escape(got)}"
+    )
+
+
+@pytest.fixture
+def mesh(implementation):
+    return suite.make_mesh(implementation, suite.num_ranks_at_most(implementation, 2))
+
+
+@pytest.fixture
+def case(mesh) -> Case:
+    return Case(num_ranks=mesh.size, num_tokens=4, hidden_size=8, topk=2, num_experts=4)
+
+
+@pytest.fixture
+def comm(implementation, mesh, case):
+    with suite.communicator(implementation, mesh, case) as comm:
+        yield comm
+
+
+# Construction.
+
+
+@pytest.mark.parametrize(
+    "error, argument, value, expected",
+    [
+        (ValueError, "axis_name", "experts", "one of ('ep',)"),
+        (ValueError, "num_experts", 0, "at least 1"),
+        (ValueError, "hidden_size", 0, "at least 1"),
+        (ValueError, "topk", 0, "at least 1"),
+        (ValueError, "topk", 33, "at most 32"),
+        (ValueError, "max_tokens_per_rank", 0, "at least 1"),
+        (ValueError, "max_recv_tokens_per_rank", 0, "at least 1"),
+        (ValueError, "max_recv_tokens_per_rank", 2**31, "fewer than 2**31 rows"),
+        (ValueError, "expert_alignment", 0, "at least 1"),
+        (ValueError, "num_sms", 0, "at least 1"),
+        (ValueError, "timeout_s", 0, "above 0"),
+        (ValueError, "overflow", "ignore", '"error" or "drop"'),
+        (ValueError, "mode", "high_throughput", "a MoEMode"),
+        (ValueError, "output_layout", "flat", "a DispatchLayout"),
+        (ValueError, "dtype", "int8", "'bfloat16', 'float16', 'float32', 'float64'"),
+        (TypeError, "num_experts", 4.0, "an int"),
+        (TypeError, "hidden_size", "8", "an int"),
+        (TypeError, "topk", True, "an int"),
+    ],
+)
+def test_argument_of_the_constructor(implementation, mesh, case, error, argument, value, expected):
+    with raises(error, argument, expected, str(value)):
+        suite.communicator(implementation, mesh, case, **{argument: value})
+
+
+def test_experts_that_cannot_be_shared_equally(implementation):
+    mesh = suite.make_mesh(implementation, 2)
+    with raises(ValueError, "num_experts", "a multiple of the 2 ranks", "5"):
+        suite.communicator(implementation, mesh, Case(num_ranks=2, num_experts=5))
+
+
+def test_unknown_implementation(mesh, case):
+    with raises(ValueError, "implementation", 'one of "cuda", "cpu", "reference"', "'triton'"):
+        suite.communicator("triton", mesh, case)
+
+
+def test_implementation_of_another_platform(implementation, mesh, case):
+    wrong, needed = ("cpu", "cpu") if implementation == "cuda" else ("cuda", "gpu")
+    platform = mesh.devices.flat[0].platform
+    with raises(ValueError, "mesh", f'{needed} devices for implementation="{wrong}"', platform):
+        suite.communicator(wrong, mesh, case)
+
+
+def test_installation_without_the_backend(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jax_ep._cuda", None)
+    _ffi.extension.cache_clear()
+    with pytest.raises(NotImplementedError, match="no jax_ep._cuda extension.*JAX_EP_CUDA=on.*reference"):
+        _ffi.extension("cuda")
+
+
+def test_rows_that_gpus_cannot_move():
+    if suite.missing("cuda"):
+        pytest.skip(suite.missing("cuda"))
+    with raises(ValueError, "hidden_size", "rows of a multiple of 16 bytes on CUDA", "12 bytes"):
+        suite.communicator("cuda", suite.make_mesh("cuda", 1), Case(num_ranks=1, hidden_size=3))
+
+
+def test_mesh_of_another_type(case):
+    with raises(TypeError, "mesh", "a jax.sharding.Mesh", "list"):
+        suite.communicator("cpu", jax.devices(), case)
+
+
+def test_config_beside_other_arguments(mesh):
+    config = MoECommunicatorConfig(num_experts=4, hidden_size=8, topk=2, max_tokens_per_rank=4)
+    with raises(TypeError, "config", "one MoECommunicatorConfig and no other argument", "['topk']"):
+        MoECommunicator(mesh, config, topk=1)
+
+
+def test_config_of_another_type(mesh):
+    with raises(TypeError, "config", "one MoECommunicatorConfig", "dict"):
+        MoECommunicator(mesh, {"topk": 2})
+
+
+def test_config_alone(implementation, mesh):
+    config = MoECommunicatorConfig(
+        num_experts=4, hidden_size=8, topk=2, max_tokens_per_rank=4, implementation=implementation
+    )
+    with MoECommunicator(mesh, config) as comm:
+        assert comm.config.output_layout is FLAT
+        assert (comm.num_ranks, comm.num_local_experts) == (mesh.size, 4 // mesh.size)
+        assert comm.capacity == mesh.size * 4 * 2
+
+
+# Calls.
+
+
+def on_each_rank(comm, f):
+    return jax.jit(jax.shard_map(f, mesh=comm.mesh, in_specs=(), out_specs=P("ep")))()
+
+
+def arguments(**overrides) -> dict:
+    """One rank's valid arguments of dispatch."""
+    valid = dict(
+        x=jnp.ones((4, 8), jnp.float32), topk_ids=jnp.zeros((4, 2), jnp.int32), weights=jnp.ones((4, 2), jnp.float32)
+    )
+    return valid | overrides
+
+
+@pytest.mark.parametrize(
+    "error, argument, value, expected, got",
+    [
+        (TypeError, "x", np.ones((4, 8), np.float16), "dtype float32", "float16"),
+        (ValueError, "x", np.ones((4, 7), np.float32), "shape [T, 8]", "shape [4, 7]"),
+        (ValueError, "x", np.ones((1, 4, 8), np.float32), "shape [T, 8]", "shape [1, 4, 8]"),
+        (ValueError, "x", np.ones((5, 8), np.float32), "at most 4 tokens", "5"),
+        (TypeError, "x", [[1.0] * 8], "an array", "list"),
+        (TypeError, "topk_ids", np.ones((4, 2), np.int16), "dtype int32", "int16"),
+        (TypeError, "topk_ids", np.ones((4, 2), np.float32), "dtype int32", "float32"),
+        (ValueError, "topk_ids", np.ones((4, 3), np.int32), "shape [4, 2]", "shape [4, 3]"),
+        (ValueError, "topk_ids", np.ones((3, 2), np.int32), "shape [4, 2]", "shape [3, 2]"),
+        (ValueError, "topk_ids", np.ones(4, np.int32), "shape [4, 2]", "shape [4]"),
+        (ValueError, "topk_ids", None, "an array, or previous_handle", "neither"),
+        (TypeError, "weights", np.ones((4, 2), np.float16), "dtype float32", "float16"),
+        (ValueError, "weights", np.ones((4, 1), np.float32), "shape [4, 2]", "shape [4, 1]"),
+        (TypeError, "previous_handle", 3, "a DispatchHandle", "int"),
+    ],
+)
+def test_argument_of_dispatch(comm, error, argument, value, expected, got):
+    given = arguments(**{argument: value})
+    if argument == "previous_handle":
+        del given["topk_ids"]
+    with raises(error, argument, expected, got):
+        on_each_rank(comm, lambda: comm.dispatch(**given)[0].tokens)
+
+
+def test_topk_ids_beside_previous_handle(comm):
+    def layer():
+        _, handle = comm.dispatch(**arguments())
+        comm.dispatch(**arguments(), previous_handle=handle)
+
+    with raises(ValueError, "topk_ids", "None beside previous_handle", "an array"):
+        on_each_rank(comm, layer)
+
+
+def test_previous_handle_of_another_number_of_tokens(comm):
+    def layer():
+        _, handle = comm.dispatch(**arguments())
+        comm.dispatch(jnp.ones((3, 8), jnp.float32), previous_handle=handle)
+
+    with raises(ValueError, "x", "4 tokens", "3"):
+        on_each_rank(comm, layer)
+
+
+@pytest.mark.parametrize(
+    "error, change, expected, got",
+    [
+        (TypeError, lambda y: y.astype(jnp.bfloat16), "dtype float32", "bfloat16"),
+        (ValueError, lambda y: y[:-1], "shape [{capacity}, 8]", "shape [{less}, 8]"),
+        (ValueError, lambda y: y[:, :-1], "shape [{capacity}, 8]", "shape [{capacity}, 7]"),
+        (TypeError, lambda y: None, "an array", "NoneType"),
+    ],
+    ids=["dtype", "rows", "hidden_size", "type"],
+)
+def test_argument_of_combine(comm, error, change, expected, got):
+    sizes = dict(capacity=comm.capacity, less=comm.capacity - 1)
+
+    def layer():
+        out, handle = comm.dispatch(**arguments())
+        return comm.combine(change(out.tokens), handle)
+
+    with raises(error, "y", expected.format(**sizes), got.format(**sizes)):
+        on_each_rank(comm, layer)
+
+
+def test_handle_of_another_type(comm):
+    def layer():
+        out, _ = comm.dispatch(**arguments())
+        return comm.combine(out.tokens, out)
+
+    with raises(TypeError, "handle", "a DispatchHandle", "DispatchOutput"):
+        on_each_rank(comm, layer)
+
+
+@pytest.mark.parametrize("argument", ["handle", "previous_handle"])
+def test_handle_of_another_communicator(implementation, mesh, case, comm, argument):
+    with suite.communicator(implementation, mesh, case) as other:
+
+        def layer():
+            out, handle = other.dispatch(**arguments())
+            return (
+                comm.combine(out.tokens, handle)
+                if argument == "handle"
+                else comm.dispatch(out.tokens[:4], previous_handle=handle)
+            )
+
+        with raises(ValueError, argument, "a handle of this communicator", "another communicator's"):
+            on_each_rank(comm, layer)
+
+
+def test_call_outside_shard_map(comm):
+    with raises(ValueError, "dispatch", "a call inside jax.shard_map over mesh axis 'ep'", "manual axes ()"):
+        comm.dispatch(**arguments())
+    with raises(ValueError, "dispatch", "a call inside jax.shard_map over mesh axis 'ep'", "manual axes ()"):
+        jax.jit(comm.dispatch)(**arguments())
+
+
+def test_shard_map_over_another_mesh(implementation, mesh, comm):
+    other = suite.make_mesh(implementation, 1, dp=mesh.size) if mesh.size > 1 else suite.make_mesh("reference", 2)
+    layer = jax.shard_map(lambda: comm.dispatch(**arguments())[0].tokens, mesh=other, in_specs=(), out_specs=P())
+    with raises(ValueError, "dispatch", f"shard_map over the communicator's mesh (('ep', {mesh.size}),)", "mesh"):
+        jax.jit(layer)()
+
+
+# Lifetime.
+
+
+def step_and_inputs(comm, case: Case):
+    return suite.make_step(comm, case), suite.place(suite.draw(case), comm.mesh, comm.capacity)
+
+
+def assert_works(comm, case: Case) -> None:
+    step, inputs = step_and_inputs(comm, case)
+    suite.assert_dense(case, suite.draw(case), jax.block_until_ready(step(inputs)))
+
+
+def test_trace_after_destroy(implementation, mesh, case):
+    comm = suite.communicator(implementation, mesh, case)
+    comm.destroy()
+    comm.destroy()
+    with raises(ValueError, "dispatch", "a live MoECommunicator", "one after destroy()"):
+        on_each_rank(comm, lambda: comm.dispatch(**arguments())[0].tokens)
+    with raises(ValueError, "combine", "a live MoECommunicator", "one after destroy()"):
+        on_each_rank(comm, lambda: comm.combine(None, None))
+
+
+def test_compiled_program_after_destroy(native_implementation):
+    mesh = suite.make_mesh(native_implementation, suite.num_ranks_at_most(native_implementation, 2))
+    case = Case(num_ranks=mesh.size)
+    with suite.communicator(native_implementation, mesh, case) as comm:
+        step, inputs = step_and_inputs(comm, case)
+        jax.block_until_ready(step(inputs))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="the MoECommunicator of this program was destroyed"):
+        jax.block_until_ready(step(inputs))
+
+
+def test_communicators_beside_and_after_each_other(implementation, mesh, case):
+    with suite.communicator(implementation, mesh, case) as first:
+        with suite.communicator(implementation, mesh, case) as second:
+            assert_works(second, case)
+        assert_works(first, case)
+    with suite.communicator(implementation, mesh, case) as third:
+        assert_works(third, case)
+
+
+def test_an_exception_inside_the_context_destroys(implementation, mesh, case):
+    with pytest.raises(KeyError), suite.communicator(implementation, mesh, case) as comm:
+        raise KeyError
+    with raises(ValueError, "dispatch", "a live MoECommunicator", "one after destroy()"):
+        on_each_rank(comm, lambda: comm.dispatch(**arguments())[0].tokens)
+
+
+def test_arena(native_implementation):
+    mesh = suite.make_mesh(native_implementation, 1)
+    comm = suite.communicator(native_implementation, mesh, Case(num_ranks=1))
+    assert comm.arena_bytes >= 0
+    comm.destroy()
+    assert comm.arena_bytes == 0
+
+
+def test_errors_are_runtime_errors():
+    for error in (jax_ep.CapacityError, jax_ep.ExpertIdError, jax_ep.PeerTimeoutError):
+        assert issubclass(error, RuntimeError)

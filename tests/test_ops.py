@@ -1,0 +1,292 @@
+"""The suite, with each backend as a fixture parameter."""
+
+import dataclasses
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import programs
+import pytest
+import suite
+from hypothesis import strategies as st
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from suite import FLAT, RANK_MAJOR, Case
+
+from jax_ep import CapacityError, ExpertIdError
+
+LAYOUTS = pytest.mark.parametrize("layout", [FLAT, RANK_MAJOR], ids=lambda layout: layout.value)
+
+
+@st.composite
+def cases(draw, implementation: str) -> Case:
+    dtype = draw(st.sampled_from(["float32", "bfloat16", "float16"]))
+    num_devices = len(suite.devices_of(implementation))
+    num_ranks = draw(st.sampled_from([r for r in (1, 2, 3, 4, 8) if r <= num_devices]))
+    # Rows of a multiple of 16 bytes, as GPUs need.
+    hidden_step = 16 // jnp.dtype(dtype).itemsize if implementation == "cuda" else 1
+    num_tokens = draw(st.one_of(st.integers(0, 40), st.integers(0, 300)))
+    return Case(
+        num_ranks=num_ranks,
+        num_tokens=num_tokens,
+        hidden_size=hidden_step * draw(st.integers(1, 48 // hidden_step)),
+        topk=draw(st.integers(1, 16)),
+        num_experts=num_ranks * draw(st.integers(1, 128 // num_ranks)),
+        dtype=dtype,
+        layout=draw(st.sampled_from([FLAT, RANK_MAJOR])),
+        routing=draw(st.sampled_from(["uniform", "skewed", "single", "empty"])),
+        weighted=draw(st.booleans()),
+        expert_alignment=draw(st.sampled_from([1, 1, 4, 16])),
+        max_tokens_per_rank=num_tokens + draw(st.integers(1, 3)),
+        check_vma=draw(st.booleans()),
+        seed=draw(st.integers(0, 1000)),
+    )
+
+
+@hypothesis.given(data=st.data())
+def test_random_cases(native_implementation, data):
+    suite.check_case(native_implementation, data.draw(cases(native_implementation)))
+
+
+def small_case(implementation: str, num_ranks: int = 4, **arguments) -> Case:
+    return Case(num_ranks=suite.num_ranks_at_most(implementation, num_ranks), **arguments)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("routing", ["uniform", "skewed", "single", "empty"])
+def test_routing(implementation, layout, routing):
+    suite.check_case(implementation, small_case(implementation, layout=layout, routing=routing, num_tokens=21))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@LAYOUTS
+def test_narrow_floats(implementation, dtype, layout):
+    suite.check_case(implementation, small_case(implementation, dtype=dtype, layout=layout, topk=6, num_tokens=33))
+
+
+@LAYOUTS
+def test_float64(implementation, layout):
+    with jax.enable_x64(True):
+        suite.check_case(implementation, small_case(implementation, dtype="float64", layout=layout, topk=4))
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1])
+@LAYOUTS
+def test_few_tokens(implementation, num_tokens, layout):
+    suite.check_case(implementation, small_case(implementation, num_tokens=num_tokens, layout=layout, topk=3))
+
+
+def test_long_rows(native_implementation):
+    suite.check_case(native_implementation, small_case(native_implementation, hidden_size=2056, num_tokens=5))
+
+
+def test_unweighted(implementation):
+    suite.check_case(implementation, small_case(implementation, weighted=False, check_vma=False, expert_alignment=8))
+
+
+def test_automatic_mesh_axes(native_implementation):
+    case = small_case(native_implementation)
+    mesh = suite.make_mesh(native_implementation, case.num_ranks, axis_type=AxisType.Auto)
+    suite.check_case(native_implementation, case, mesh)
+
+
+@pytest.mark.parametrize("ep_first", [False, True], ids=["dp_ep", "ep_dp"])
+def test_independent_groups(implementation, ep_first):
+    num_ranks = suite.num_ranks_at_most(implementation, 8) // 2
+    mesh = suite.make_mesh(implementation, max(2, num_ranks), dp=2, ep_first=ep_first)
+    suite.check_case(implementation, Case(num_ranks=max(2, num_ranks)), mesh)
+
+
+@pytest.mark.parametrize("layout, capacity", [(FLAT, 40), (RANK_MAJOR, 25)], ids=["flat", "rank_major"])
+@pytest.mark.parametrize("routing", ["uniform", "single"])
+def test_drop(native_implementation, layout, capacity, routing):
+    case = small_case(
+        native_implementation,
+        num_tokens=30,
+        topk=3,
+        layout=layout,
+        routing=routing,
+        capacity=capacity,
+        overflow="drop",
+        expert_alignment=4,
+    )
+    suite.check_case(native_implementation, case)
+
+
+@LAYOUTS
+def test_dropped_rows_contribute_nothing(implementation, layout):
+    # Every row goes to the same expert, so that the last tokens of the last ranks are dropped.
+    case = small_case(implementation, num_tokens=8, topk=1, routing="single", layout=layout, overflow="drop")
+    num_kept = 8 * case.num_ranks - 5
+    case = dataclasses.replace(case, capacity=num_kept)
+    (got,) = suite.run(implementation, suite.make_mesh(implementation, case.num_ranks), case)
+    assert sorted(np.asarray(got.received.num_dropped)) == [0] * (case.num_ranks - 1) + [5]
+    for array in (got.out, *got.gradients[:2]):
+        assert np.asarray(array)[:num_kept].all()
+        assert not np.asarray(array)[num_kept:].any()
+
+
+def step_and_inputs(comm, case: Case):
+    return suite.make_step(comm, case), suite.place(suite.draw(case), comm.mesh, comm.capacity)
+
+
+def with_topk_ids(inputs: suite.Inputs, mesh, topk_ids: np.ndarray) -> suite.Inputs:
+    return inputs._replace(topk_ids=suite.put(topk_ids, mesh, P(mesh.axis_names)))
+
+
+def assert_poisoned(comm, result: suite.Result) -> None:
+    x_gradient, weights_gradient, *_, y_gradient = result.gradients
+    # JAX's own derivative of the reference is 0 where nothing was routed.
+    gradients = () if comm.config.implementation == "reference" else (x_gradient, weights_gradient, y_gradient)
+    for array in (result.received.tokens, result.out, *gradients):
+        assert np.isnan(np.asarray(array)).all()
+
+
+def assert_fails_once(comm, case: Case, bad_topk_ids: np.ndarray, error, text: str) -> None:
+    """The step's outputs are NaN on all ranks, its error is raised once, and the next step is right."""
+    step, inputs = step_and_inputs(comm, case)
+    assert_poisoned(comm, jax.block_until_ready(step(with_topk_ids(inputs, comm.mesh, bad_topk_ids))))
+    with pytest.raises(error, match=text):
+        comm.check()
+    comm.check()
+    suite.assert_dense(case, suite.draw(case), jax.block_until_ready(step(inputs)))
+    comm.check()
+
+
+@LAYOUTS
+def test_overflow_is_an_error(implementation, layout):
+    case = small_case(implementation, num_tokens=8, topk=2, layout=layout)
+    mesh = suite.make_mesh(implementation, case.num_ranks)
+    num_rows = 8 * case.num_ranks * (2 if layout is FLAT else 1)
+    with suite.communicator(implementation, mesh, case, max_recv_tokens_per_rank=num_rows - 1) as comm:
+        all_to_the_last = np.full((8 * case.num_ranks, 2), case.num_experts - 1, np.int32)
+        text = (
+            f"max_recv_tokens_per_rank: expected at least {num_rows}.* rank {case.num_ranks - 1} .*got {num_rows - 1}"
+        )
+        assert_fails_once(comm, case, all_to_the_last, CapacityError, text)
+
+
+@pytest.mark.parametrize("bad_id", [24, -2, -(2**31)])
+def test_expert_id_out_of_range(implementation, bad_id):
+    case = small_case(implementation)
+    with suite.communicator(implementation, suite.make_mesh(implementation, case.num_ranks), case) as comm:
+        topk_ids = suite.draw(case).topk_ids.copy()
+        topk_ids[-1, -1] = bad_id
+        text = rf"topk_ids: expected -1 or an expert in \[0, 24\), got 1 other entries on rank {case.num_ranks - 1}"
+        assert_fails_once(comm, case, topk_ids, ExpertIdError, text)
+
+
+def test_the_next_call_raises_what_went_wrong(implementation):
+    case = small_case(implementation)
+    with suite.communicator(implementation, suite.make_mesh(implementation, case.num_ranks), case) as comm:
+        step, inputs = step_and_inputs(comm, case)
+        bad = np.full_like(suite.draw(case).topk_ids, 99)
+        assert_poisoned(comm, jax.block_until_ready(step(with_topk_ids(inputs, comm.mesh, bad))))
+        another_step = suite.make_step(comm, case)
+        with pytest.raises(ExpertIdError, match="got 18 other entries on rank 0"):
+            another_step(inputs)
+        suite.assert_dense(case, suite.draw(case), jax.block_until_ready(another_step(inputs)))
+
+
+@LAYOUTS
+def test_finite_differences(implementation, layout):
+    """The layer is linear in each argument, so that any step gives the derivative up to rounding."""
+    case = small_case(implementation, num_ranks=2, num_tokens=5, hidden_size=8, num_experts=8, layout=layout)
+    with suite.communicator(implementation, suite.make_mesh(implementation, case.num_ranks), case) as comm:
+        step, inputs = step_and_inputs(comm, case)
+        gradients = jax.block_until_ready(step(inputs)).gradients
+        rng = np.random.default_rng(1)
+
+        def loss(argument: int, value: np.ndarray) -> float:
+            spec = suite.input_specs(comm.mesh)[argument]
+            arguments = list(inputs)
+            arguments[argument] = suite.put(value, comm.mesh, spec)
+            out = jax.block_until_ready(step(suite.Inputs(*arguments))).out
+            return np.vdot(np.asarray(out, np.float64), np.asarray(inputs.gradient, np.float64))
+
+        for argument, gradient in enumerate(gradients):
+            at = np.asarray(inputs[argument])
+            direction = rng.standard_normal(at.shape).astype(at.dtype)
+            difference = (loss(argument, at + direction) - loss(argument, at - direction)) / 2
+            np.testing.assert_allclose(np.vdot(gradient, direction), difference, rtol=1e-4, atol=1e-4)
+
+
+def test_number_of_tokens_may_change_between_calls(implementation):
+    case = small_case(implementation, num_tokens=12)
+    with suite.communicator(implementation, suite.make_mesh(implementation, case.num_ranks), case) as comm:
+        for num_tokens in (12, 5):
+            shorter = dataclasses.replace(case, num_tokens=num_tokens)
+            step, inputs = step_and_inputs(comm, shorter)
+            suite.assert_dense(shorter, suite.draw(shorter), jax.block_until_ready(step(inputs)))
+
+
+def run_with_handles(comm, case: Case, layer):
+    """`layer(x, topk_ids, weights, factors)` on this communicator's mesh."""
+    inputs = suite.place(suite.draw(case), comm.mesh, comm.capacity)
+    tokens = P(comm.mesh.axis_names)
+    mapped = jax.shard_map(layer, mesh=comm.mesh, in_specs=(tokens, tokens, tokens, P("ep")), out_specs=tokens)
+    return jax.block_until_ready(jax.jit(mapped)(inputs.x, inputs.topk_ids, inputs.weights, inputs.scale))
+
+
+@LAYOUTS
+def test_previous_handle_is_as_good_as_its_topk_ids(implementation, layout):
+    case = small_case(implementation, num_tokens=11, topk=3, layout=layout)
+    with suite.communicator(implementation, suite.make_mesh(implementation, case.num_ranks), case) as comm:
+
+        def layer(x, topk_ids, weights, factors):
+            _, earlier = comm.dispatch(jnp.ones_like(x), topk_ids, jnp.ones_like(weights))
+            out, handle = comm.dispatch(x, None, weights, previous_handle=earlier)
+            again = out.tokens, comm.combine(suite.apply_experts(out, factors), handle)
+            out, handle = comm.dispatch(x, topk_ids, weights)
+            return again, (out.tokens, comm.combine(suite.apply_experts(out, factors), handle))
+
+        suite.assert_same(*run_with_handles(comm, case, layer))
+
+
+def test_previous_handle_keeps_its_weights(implementation):
+    case = small_case(implementation, num_tokens=11, topk=3)
+    with suite.communicator(implementation, suite.make_mesh(implementation, case.num_ranks), case) as comm:
+
+        def layer(x, topk_ids, weights, factors):
+            out, earlier = comm.dispatch(x, topk_ids, weights)
+            want = comm.combine(suite.apply_experts(out, factors), earlier)
+            out, handle = comm.dispatch(x, previous_handle=earlier)
+            return comm.combine(suite.apply_experts(out, factors), handle), want
+
+        suite.assert_same(*run_with_handles(comm, case, layer))
+
+
+def test_a_handle_is_carried_through_a_scan(implementation):
+    case = small_case(implementation)
+    with suite.communicator(implementation, suite.make_mesh(implementation, case.num_ranks), case) as comm:
+
+        def layer(x, topk_ids, weights, factors):
+            _, handle = comm.dispatch(x, topk_ids, weights)
+
+            def body(carry, _):
+                x, handle = carry
+                out, handle = comm.dispatch(x, previous_handle=handle)
+                return (comm.combine(suite.apply_experts(out, jnp.ones_like(factors)), handle), handle), None
+
+            (scanned, _), _ = jax.lax.scan(body, (x, handle), length=3)
+            weight_sums = jnp.where(topk_ids >= 0, weights, 0).sum(1, keepdims=True)
+            return scanned, x * weight_sums**3
+
+        programs.assert_close(*run_with_handles(comm, case, layer))
+
+
+def test_two_layers_in_flight(native_implementation):
+    mesh = suite.make_mesh(native_implementation, suite.num_ranks_at_most(native_implementation, 4))
+    programs.check_many_branches(native_implementation, mesh, num_branches=4, times=2)
+
+
+def test_many_calls_in_flight_among_native_collectives(native_implementation):
+    mesh = suite.make_mesh(native_implementation, suite.num_ranks_at_most(native_implementation, 8))
+    programs.check_many_branches(native_implementation, mesh)
+
+
+@LAYOUTS
+def test_scan_with_remat(native_implementation, layout):
+    case = small_case(native_implementation, layout=layout)
+    programs.check_scan(native_implementation, suite.make_mesh(native_implementation, case.num_ranks), case)

@@ -1,0 +1,160 @@
+"""One process of a test across processes: `python worker.py TASK`, see `test_processes.py`.
+
+Every process draws all data from one seed and checks what it holds itself. It ends with exit status 0 if all is well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+import time
+
+import jax
+import numpy as np
+import programs
+import pytest
+import suite
+from jax._src import distributed
+from jax.sharding import PartitionSpec as P
+from suite import RANK_MAJOR, Case
+
+from jax_ep import PeerTimeoutError, _bootstrap
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    scenario: str
+    implementation: str
+    process: int
+    num_processes: int
+    port: int
+    local_device_ids: list[int] | None = None
+
+
+def all_ranks_mesh(task: Task):
+    return suite.make_mesh(task.implementation, len(suite.devices_of(task.implementation)))
+
+
+def check_suite(task: Task) -> None:
+    """The shared checks, on one group of all devices and on independent groups."""
+    mesh = all_ranks_mesh(task)
+    num_ranks = mesh.size
+    cases = [
+        Case(num_ranks, num_tokens=21, topk=5, expert_alignment=4),
+        Case(num_ranks, num_tokens=13, topk=3, layout=RANK_MAJOR, dtype="bfloat16", check_vma=False),
+        Case(num_ranks, num_tokens=30, routing="skewed", capacity=40, overflow="drop", weighted=False),
+    ]
+    for case in cases:
+        suite.check_case(task.implementation, case, mesh)
+    programs.check_scan(task.implementation, mesh, cases[0])
+    programs.check_many_branches(task.implementation, mesh, num_branches=8, times=3)
+    if num_ranks == 4:
+        for ep_first in (False, True):
+            groups = suite.make_mesh(task.implementation, 2, dp=2, ep_first=ep_first)
+            suite.check_case(task.implementation, Case(num_ranks=2), groups)
+
+
+def check_refusals(task: Task) -> None:
+    """Communicators that cannot be built, each refused on every process; and good ones afterwards."""
+    mesh = all_ranks_mesh(task)
+    case = Case(num_ranks=mesh.size)
+    check_different_arguments(task, mesh, case)
+    check_absent_process(task, mesh, case)
+    check_different_hosts(task, mesh, case)
+    suite.run(task.implementation, mesh, case)
+
+
+def check_different_arguments(task: Task, mesh, case: Case) -> None:
+    with pytest.raises(RuntimeError, match="were given different arguments: .*topk=.* and .*topk="):
+        suite.communicator(task.implementation, mesh, dataclasses.replace(case, topk=2 + task.process))
+
+
+def check_absent_process(task: Task, mesh, case: Case) -> None:
+    if task.process == 0:
+        text = r"not all of processes \[0, 1\] built it within timeout_s=1"
+        with pytest.raises(RuntimeError, match=text):
+            suite.communicator(task.implementation, mesh, case, timeout_s=1.0)
+    else:
+        # This one comes too late for its peer, whom it does not wait for longer than its own timeout either.
+        distributed.global_state.client.blocking_key_value_get("gave_up", 60_000)
+        with pytest.raises((RuntimeError, jax.errors.JaxRuntimeError)):
+            suite.communicator(task.implementation, mesh, case, timeout_s=1.0)
+    if task.process == 0:
+        distributed.global_state.client.key_value_set("gave_up", "")
+
+
+def check_different_hosts(task: Task, mesh, case: Case) -> None:
+    """Two hosts cannot share a group, but each may have its own."""
+    identity = _bootstrap.host_identity
+    _bootstrap.host_identity = lambda: f"host of process {task.process}"
+    half = mesh.size // 2
+    ranks = [list(range(half)), list(range(half, mesh.size))]
+    mine, others = ranks[task.process], ranks[1 - task.process]
+    text = (
+        rf"nothing connects ranks \{mine} \(process {task.process}\) and ranks \{others} \(process {1 - task.process}\)"
+        ".*different hosts"
+    )
+    with pytest.raises(RuntimeError, match=text):
+        suite.communicator(task.implementation, mesh, case)
+    if half > 1:
+        suite.check_case(
+            task.implementation, Case(num_ranks=half), suite.make_mesh(task.implementation, num_ranks=half, dp=2)
+        )
+    _bootstrap.host_identity = identity
+
+
+def check_killed_peer(task: Task) -> None:
+    """The last process dies while the others wait for it: they get an error in time, and can clean up."""
+    mesh, timeout_s = all_ranks_mesh(task), 3.0
+    case = Case(num_ranks=mesh.size)
+    comm = suite.communicator(task.implementation, mesh, case, timeout_s=timeout_s)
+    inputs = suite.place(suite.draw(case), mesh, comm.capacity)
+
+    # No collectives but ours: stock ones have no timeout of seconds.
+    @jax.jit
+    @jax.shard_map(mesh=mesh, in_specs=(P("ep"),) * 4, out_specs=P("ep"))
+    def layer(*arguments):
+        return suite.moe(comm, *arguments)[0]
+
+    arguments = inputs.x, inputs.topk_ids, inputs.weights, inputs.scale
+    jax.block_until_ready(layer(*arguments))
+    survivors = list(range(task.num_processes - 1))
+    if task.process not in survivors:
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGKILL)
+    start = time.monotonic()
+    last_ranks = [rank for rank, device in enumerate(mesh.devices) if device.process_index == task.num_processes - 1]
+    text = rf"rank \d waited {timeout_s:g} s for rank {last_ranks[0]} in "
+    try:
+        out = jax.block_until_ready(layer(*arguments))
+        assert all(np.isnan(part).all() for _, part in suite.local(out))
+    except jax.errors.JaxRuntimeError as error:
+        assert "waited" in str(error), error
+    for _ in range(2):
+        with pytest.raises(PeerTimeoutError, match=text):
+            comm.check()
+    assert time.monotonic() - start < timeout_s + 5
+    comm.destroy()
+    # The process that coordinates leaves last, and none waits for the dead one.
+    distributed.global_state.client.wait_at_barrier("survived", 60_000, process_ids=survivors)
+    time.sleep(1.0 if task.process == 0 else 0.0)
+    os._exit(0)
+
+
+SCENARIOS = dict(suite=check_suite, refusals=check_refusals, killed_peer=check_killed_peer)
+
+
+def main() -> None:
+    task = Task(**json.loads(sys.argv[1]))
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.distributed.initialize(
+        f"localhost:{task.port}", task.num_processes, task.process, local_device_ids=task.local_device_ids
+    )
+    SCENARIOS[task.scenario](task)
+
+
+if __name__ == "__main__":
+    main()
