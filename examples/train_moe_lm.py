@@ -184,7 +184,7 @@ class LanguageModel(nnx.Module):
 
 
 class Text:
-    """Python's language reference in batches of bytes; every tenth hundredth of it is kept for validation."""
+    """Python's language reference in batches of bytes; a tenth of it, here and there, is kept for validation."""
 
     def __init__(self, mesh: jax.sharding.Mesh, args: argparse.Namespace):
         text = np.frombuffer("\n\n".join(topics.values()).encode(), np.uint8)
@@ -279,6 +279,7 @@ def check_against_reference(trainer: Trainer, reference: Trainer, batch: jax.Arr
 
     state, (loss, _) = jax.block_until_ready(trainer.train_step(trainer.init(), batch))
     expected, (expected_loss, _) = jax.block_until_ready(reference.train_step(trainer.init(), batch))
+    trainer.comm.check()
     loss_difference = abs(float(loss) - float(expected_loss))
     largest, relative = jax.device_get(compare(trainer.init()[0], state[0], expected[0]))
     report = (
@@ -443,9 +444,9 @@ def main(argv=None) -> None:
     with make_communicator(mesh, args, args.implementation) as comm, make_communicator(mesh, args, "reference") as ref:
         trainer = Trainer(comm, args)
         say(
-            f"{mesh.size} {mesh.devices.flat[0].platform} devices in {jax.process_count()} process(es), "
-            f"implementation {comm.config.implementation}, {args.dtype}: {args.layers} MoE layers of {args.experts} "
-            f"experts, top {args.topk}, {comm.num_local_experts} experts and room for {comm.capacity} rows per rank"
+            f"{args.layers} layers of {args.experts} experts, top {args.topk}, {args.dtype}; {mesh.size} "
+            f"{mesh.devices.flat[0].platform} devices with {comm.num_local_experts} experts and room for "
+            f"{comm.capacity} rows each, implementation {comm.config.implementation}"
         )
         report = check_against_reference(trainer, Trainer(ref, args), text.training_batch(1))
         say(f"One step is the reference implementation's: {report}.")

@@ -15,6 +15,9 @@ constexpr int kSlotsPerChunk = 16;
 // Tokens that one block routes.
 constexpr int kTokensPerRouteBlock = 256;
 
+// Several times what one NVLink domain holds.
+constexpr int kMaxRanks = 256;
+
 JAX_EP_HOST_DEVICE inline int64_t CeilDiv(int64_t n, int64_t d) { return (n + d - 1) / d; }
 
 // Written by this GPU only.

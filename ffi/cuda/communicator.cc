@@ -74,6 +74,8 @@ std::string Communicator::PrepareDevice(int32_t ordinal, Device& device) {
   cudaError_t error = cudaGetDeviceProperties(&properties, ordinal);
   if (error != cudaSuccess) return Failed("GPU " + std::to_string(ordinal), error);
   device.num_sms = properties.multiProcessorCount;
+  if (spec_.shape.num_ranks > kMaxRanks)
+    return "at most " + std::to_string(kMaxRanks) + " ranks can share an axis, got " + std::to_string(spec_.shape.num_ranks);
   if (properties.major < 9)
     return "GPU " + std::to_string(ordinal) + " (" + properties.name + "): compute capability 9.0 or newer is needed, got " +
            std::to_string(properties.major) + "." + std::to_string(properties.minor);

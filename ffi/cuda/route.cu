@@ -14,6 +14,10 @@ constexpr int kThreads = kTokensPerRouteBlock;  // a thread per token
 constexpr int kWarps = kThreads / 32;
 constexpr unsigned kAll = 0xffffffffu;
 
+JAX_EP_HOST_DEVICE int BlocksPerSource(int64_t num_tokens) {
+  return num_tokens == 0 ? 1 : static_cast<int>(CeilDiv(num_tokens, kTokensPerRouteBlock));
+}
+
 // Which tokens a block works on.
 struct Part {
   int source;
@@ -22,7 +26,7 @@ struct Part {
   int64_t begin, end;  // tokens
 
   __device__ Part(const Arena& arena, int64_t num_tokens) {
-    blocks_per_source = gridDim.x / arena.layout.num_ranks;
+    blocks_per_source = BlocksPerSource(num_tokens);
     // Own tokens first: their blocks wait for nobody, and the others wait for their peers' like them.
     source = (arena.rank + blockIdx.x / blocks_per_source) % arena.layout.num_ranks;
     block = blockIdx.x % blocks_per_source;
@@ -34,10 +38,10 @@ struct Part {
 
 __device__ __forceinline__ bool IsExpert(const MoEShape& shape, int id) { return id >= 0 && id < shape.num_experts; }
 
-// Whether one of a token's experts lives on `rank`.
-__device__ __forceinline__ bool Hits(const MoEShape& shape, const int32_t* ids, int rank) {
+// Whether one of a token's experts lives on the rank whose first expert is `first`.
+__device__ __forceinline__ bool Hits(const int32_t* ids, int topk, int first, int local_experts) {
   bool hit = false;
-  for (int k = 0; k < shape.topk; ++k) hit |= IsExpert(shape, ids[k]) && ids[k] / shape.local_experts() == rank;
+  for (int k = 0; k < topk; ++k) hit |= static_cast<unsigned>(ids[k] - first) < static_cast<unsigned>(local_experts);
   return hit;
 }
 
@@ -54,23 +58,32 @@ __device__ void SendIds(const Arena& arena, const Part& part, uint32_t epoch, in
 }
 
 // Turns the blocks' histograms, in order of (source, block), into the sums before each and, in one more
-// row, over all. One block, a thread per column, several loads in flight.
+// row, over all. One block: two columns per thread, with many loads in flight.
 __device__ void ScanHistograms(const Arena& arena) {
-  constexpr int kBatch = 16;
-  const int rows = gridDim.x;
-  for (int column = threadIdx.x; column < arena.layout.histogram_size; column += kThreads) {
-    int sum = 0;
+  constexpr int kBatch = 16, kColumns = 2;
+  const int rows = gridDim.x, columns = arena.layout.histogram_size;
+  for (int first = threadIdx.x; first < columns; first += kColumns * kThreads) {
+    int sum[kColumns] = {};
     for (int begin = 0; begin < rows; begin += kBatch) {
-      int counts[kBatch];
+      int counts[kBatch][kColumns];
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) counts[i] = begin + i < rows ? __ldcg(&arena.Histogram(begin + i)[column]) : 0;
+      for (int i = 0; i < kBatch; ++i)
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        if (begin + i < rows) arena.Histogram(begin + i)[column] = sum;
-        sum += counts[i];
-      }
+        for (int c = 0; c < kColumns; ++c) {
+          const int column = first + c * kThreads;
+          counts[i][c] = begin + i < rows && column < columns ? __ldcg(&arena.Histogram(begin + i)[column]) : 0;
+        }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i)
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) {
+          const int column = first + c * kThreads;
+          if (begin + i < rows && column < columns) arena.Histogram(begin + i)[column] = sum[c];
+          sum[c] += counts[i][c];
+        }
     }
-    arena.Histogram(rows)[column] = sum;
+    for (int c = 0; c < kColumns; ++c)
+      if (first + c * kThreads < columns) arena.Histogram(rows)[first + c * kThreads] = sum[c];
   }
 }
 
@@ -102,8 +115,9 @@ __global__ void __launch_bounds__(kThreads) ExchangeAndCount(MoEShape shape, Are
       else if (id != -1)
         atomicAdd(&counts[shape.num_experts + shape.num_ranks], 1);
     }
+    const int local = shape.local_experts();
     for (int rank = 0; rank < shape.num_ranks; ++rank)
-      if (Hits(shape, mine, rank)) atomicAdd(&counts[shape.num_experts + rank], 1);
+      if (Hits(mine, shape.topk, rank * local, local)) atomicAdd(&counts[shape.num_experts + rank], 1);
   }
   __syncthreads();
   int32_t* histogram = arena.Histogram(part.source * part.blocks_per_source + part.block);
@@ -165,8 +179,7 @@ __device__ __forceinline__ int GroupOf(const MoEShape& shape, int me, int id) {
   return IsExpert(shape, id) && local >= 0 && local < shape.local_experts() ? local : -1;
 }
 
-__device__ void FillTotals(const MoEShape& shape, const Arena& arena, const Part& part, const Tables& tables) {
-  const int blocks = part.blocks_per_source;
+__device__ void FillTotals(const MoEShape& shape, const Arena& arena, int blocks, const Tables& tables) {
   const bool rank_major = shape.layout == OutputLayout::kRankMajor;
   for (int group = threadIdx.x; group < shape.num_row_groups(); group += kThreads) {
     const int column =
@@ -189,8 +202,12 @@ __device__ void PlaceSlots(const MoEShape& shape, const Arena& arena, const Rout
   const int first_rank = send ? 0 : arena.rank, last_rank = send ? ranks : arena.rank + 1;
   const int64_t token = part.begin + threadIdx.x;
   const bool in_range = token < part.end;
+  const int local = shape.local_experts();
+  const auto hits_rank = [&](int rank) {
+    return in_range && Hits(ids + token * shape.topk, shape.topk, rank * local, local);
+  };
   for (int rank = first_rank; rank < last_rank; ++rank) {
-    const unsigned hits = __ballot_sync(kAll, in_range && Hits(shape, ids + token * shape.topk, rank));
+    const unsigned hits = __ballot_sync(kAll, hits_rank(rank));
     if (lane == 0) tables.warp_slots[warp * ranks + rank] = __popc(hits);
   }
   __syncthreads();
@@ -205,7 +222,7 @@ __device__ void PlaceSlots(const MoEShape& shape, const Arena& arena, const Rout
   }
   __syncthreads();
   for (int rank = first_rank; rank < last_rank; ++rank) {
-    const bool hit = in_range && Hits(shape, ids + token * shape.topk, rank);
+    const bool hit = hits_rank(rank);
     const unsigned hits = __ballot_sync(kAll, hit);
     const int slot = hit ? tables.warp_slots[warp * ranks + rank] + __popc(hits & ((1u << lane) - 1)) : -1;
     if (rank == arena.rank) tables.token_slots[threadIdx.x] = slot;
@@ -292,50 +309,52 @@ __device__ void FillTails(const MoEShape& shape, const Arena& arena, const Route
     if (slot >= slots_at(rank)) params.tables.send_tokens[rank * params.num_tokens + slot] = -1;
 }
 
-// Rows that `rank` needs, padding included, added up by all threads of the block.
-__device__ int64_t RowsNeeded(const MoEShape& shape, const Arena& arena, int blocks_per_source, int rank) {
-  __shared__ unsigned long long sum;
-  __syncthreads();
-  if (threadIdx.x == 0) sum = 0;
-  __syncthreads();
-  const int all = shape.num_ranks * blocks_per_source;
-  if (shape.layout == OutputLayout::kRankMajor) {
-    if (threadIdx.x == 0) sum = CountRange(arena, shape.num_experts + rank, 0, all);
-  } else {
-    for (int e = threadIdx.x; e < shape.local_experts(); e += kThreads) {
-      const int rows = CountRange(arena, rank * shape.local_experts() + e, 0, all);
-      atomicAdd(&sum, CeilDiv(rows, shape.expert_alignment) * shape.expert_alignment);
+// Rows that each rank needs, padding included, into shared needed[R]: a warp per rank.
+__device__ void CountNeeded(const MoEShape& shape, const Arena& arena, int blocks_per_source, long long* needed) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, all = shape.num_ranks * blocks_per_source;
+  for (int rank = warp; rank < shape.num_ranks; rank += kWarps) {
+    long long rows = 0;
+    if (shape.layout == OutputLayout::kRankMajor) {
+      if (lane == 0) rows = CountRange(arena, shape.num_experts + rank, 0, all);
+    } else {
+      for (int e = lane; e < shape.local_experts(); e += 32)
+        rows += CeilDiv(CountRange(arena, rank * shape.local_experts() + e, 0, all), shape.expert_alignment) *
+                shape.expert_alignment;
     }
+    for (int step = 16; step > 0; step /= 2) rows += __shfl_xor_sync(kAll, rows, step);
+    if (lane == 0) needed[rank] = rows;
   }
-  __syncthreads();
-  return static_cast<int64_t>(sum);
 }
 
 // The first rank whose routing cannot be honoured. All ranks see the same and come to the same answer.
-__device__ ErrorRecord FindError(const MoEShape& shape, const Arena& arena, int blocks_per_source) {
+__device__ ErrorRecord FindError(const MoEShape& shape, const Arena& arena, const int* bad_ids,
+                                 const long long* needed) {
   if (ptx::ld_volatile(&arena.Header()->failed) != 0) return {ErrorCode::kTimeout, arena.rank, -1, Phase::kRoute, 0, 0};
-  const int bad_column = shape.num_experts + shape.num_ranks;
-  for (int rank = 0; rank < shape.num_ranks; ++rank) {
-    const int first = rank * blocks_per_source;
-    const int bad = CountRange(arena, bad_column, first, first + blocks_per_source);
-    if (bad > 0) return {ErrorCode::kBadExpertId, rank, -1, Phase::kRoute, shape.num_experts, bad};
-  }
-  for (int rank = 0; rank < shape.num_ranks && !shape.drop_overflow; ++rank) {
-    const int64_t rows = RowsNeeded(shape, arena, blocks_per_source, rank);
-    if (rows > shape.capacity) return {ErrorCode::kOverflow, rank, -1, Phase::kRoute, shape.capacity, rows};
-  }
+  for (int rank = 0; rank < shape.num_ranks; ++rank)
+    if (bad_ids[rank] > 0) return {ErrorCode::kBadExpertId, rank, -1, Phase::kRoute, shape.num_experts, bad_ids[rank]};
+  for (int rank = 0; rank < shape.num_ranks && !shape.drop_overflow; ++rank)
+    if (needed[rank] > shape.capacity)
+      return {ErrorCode::kOverflow, rank, -1, Phase::kRoute, shape.capacity, needed[rank]};
   return {ErrorCode::kNone, -1, -1, Phase::kRoute, 0, 0};
 }
 
 // Counts, offsets and status: one block.
-__device__ void FillSummary(const MoEShape& shape, const Arena& arena, const RouteParams& params, const Part& part,
-                            const Tables& tables) {
-  const int blocks = part.blocks_per_source, groups = shape.num_row_groups();
+__device__ void FillSummary(const MoEShape& shape, const Arena& arena, const RouteParams& params,
+                            int blocks_per_source, const Tables& tables) {
+  const int blocks = blocks_per_source, groups = shape.num_row_groups();
   const int64_t capacity = shape.capacity;
   const RouteTables& out = params.tables;
-  __shared__ int dropped;
+  __shared__ int dropped, bad_ids[kMaxRanks];
+  __shared__ long long needed[kMaxRanks];
   if (threadIdx.x == 0) dropped = 0;
   __syncthreads();
+  for (int rank = threadIdx.x; rank < shape.num_ranks; rank += kThreads) {
+    const int mine = arena.rank * blocks, theirs = rank * blocks, slots = shape.num_experts;
+    out.send_counts[rank] = CountRange(arena, slots + rank, mine, mine + blocks);
+    out.recv_counts[rank] = CountRange(arena, slots + arena.rank, theirs, theirs + blocks);
+    bad_ids[rank] = CountRange(arena, slots + shape.num_ranks, theirs, theirs + blocks);
+  }
+  CountNeeded(shape, arena, blocks, needed);
   for (int group = threadIdx.x; group < groups; group += kThreads) {
     const int64_t start = tables.starts[group], total = tables.totals[group];
     const int64_t kept = max(min(capacity - start, total), int64_t{0});
@@ -349,14 +368,9 @@ __device__ void FillSummary(const MoEShape& shape, const Arena& arena, const Rou
       out.group_offsets[groups] = params.offsets[groups] = static_cast<int32_t>(min(end, capacity));
     }
   }
-  for (int rank = threadIdx.x; rank < shape.num_ranks; rank += kThreads) {
-    const int mine = arena.rank * blocks, theirs = rank * blocks;
-    out.send_counts[rank] = CountRange(arena, shape.num_experts + rank, mine, mine + blocks);
-    out.recv_counts[rank] = CountRange(arena, shape.num_experts + arena.rank, theirs, theirs + blocks);
-  }
-  const ErrorRecord error = FindError(shape, arena, blocks);
   __syncthreads();
   if (threadIdx.x != 0) return;
+  const ErrorRecord error = FindError(shape, arena, bad_ids, needed);
   *params.num_dropped = out.status[kNumDropped] = dropped;
   out.status[kCode] = static_cast<int32_t>(error.code);
   out.status[kRank] = error.rank;
@@ -365,6 +379,7 @@ __device__ void FillSummary(const MoEShape& shape, const Arena& arena, const Rou
   if (error.code == ErrorCode::kBadExpertId || error.code == ErrorCode::kOverflow) Report(arena, error);
 }
 
+// The last block only sums up, beside the others.
 __global__ void __launch_bounds__(kThreads) PlaceRows(MoEShape shape, Arena arena, RouteParams params) {
   extern __shared__ int32_t shared[];
   const Tables tables(shape, shared);
@@ -373,20 +388,20 @@ __global__ void __launch_bounds__(kThreads) PlaceRows(MoEShape shape, Arena aren
   // The exchange has moved the epoch on; its ids stay until the peers have seen our next one.
   const uint32_t epoch = ptx::ld_volatile(&arena.Header()->epoch);
   const int32_t* ids = mine ? params.topk_ids : arena.Ids(epoch, arena.rank, part.source);
-  FillTotals(shape, arena, part, tables);
+  FillTotals(shape, arena, part.blocks_per_source, tables);
+  if (blockIdx.x == gridDim.x - 1) return FillSummary(shape, arena, params, part.blocks_per_source, tables);
   PlaceSlots(shape, arena, params, part, tables, ids, mine);
   if (shape.layout == OutputLayout::kRankMajor) {
     PlaceTokenRows(shape, arena, params, part, tables, ids);
     const int last = shape.num_ranks - 1;
     const int64_t end = (static_cast<int64_t>(tables.starts[last]) + tables.totals[last]) * shape.topk;
-    const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
+    const int64_t stride = static_cast<int64_t>(gridDim.x - 1) * kThreads;
     for (int64_t i = end + blockIdx.x * int64_t{kThreads} + threadIdx.x; i < shape.capacity * shape.topk; i += stride)
       params.recv_topk_ids[i] = -1;
   } else {
     PlaceExpertRows(shape, arena, params, part, tables, ids);
   }
   FillTails(shape, arena, params, part);
-  if (blockIdx.x == 0) FillSummary(shape, arena, params, part, tables);
 }
 
 int CountBytes(const MoEShape& shape) { return static_cast<int>(ArenaLayout(shape).histogram_size * sizeof(int32_t)); }
@@ -394,10 +409,9 @@ int CountBytes(const MoEShape& shape) { return static_cast<int>(ArenaLayout(shap
 }  // namespace
 
 cudaError_t LaunchRoute(const MoEShape& shape, const Arena& arena, const RouteParams& params, cudaStream_t stream) {
-  const int per_source = static_cast<int>(params.num_tokens == 0 ? 1 : CeilDiv(params.num_tokens, kTokensPerRouteBlock));
-  const int blocks = shape.num_ranks * per_source;
+  const int blocks = shape.num_ranks * BlocksPerSource(params.num_tokens);
   ExchangeAndCount<<<blocks, kThreads, CountBytes(shape), stream>>>(shape, arena, params);
-  PlaceRows<<<blocks, kThreads, Tables::Bytes(shape), stream>>>(shape, arena, params);
+  PlaceRows<<<blocks + 1, kThreads, Tables::Bytes(shape), stream>>>(shape, arena, params);
   return cudaGetLastError();
 }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import statistics
 import time
 from collections.abc import Callable
@@ -13,6 +12,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from jax_ep import _ffi
+
+
+# Calls in one program: more would take long to compile, fewer would not hide the time to start it.
+_MAX_CALLS = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,43 +46,40 @@ def _zero_from(out) -> jax.Array:
 
 def _chained(op: Callable, num_calls: int) -> Callable:
     """`op(touched, *rest)`, called so that every array in `touched` depends on the call before: calls can be
-    neither merged nor moved out of the loop. One element of each is rewritten, in place. The loop carries all
-    results, or XLA would compute only the elements that are looked at."""
+    neither merged nor reordered. One element of each is rewritten, in place. The barrier keeps XLA from computing
+    only those elements of a result that are looked at. No loop: XLA would copy what it carries."""
 
     def program(touched, *rest):
-        def body(_, carry):
-            touched, _ = carry
-            out = op(touched, *rest)
-            zero = _zero_from(out)
-            return jax.tree.map(lambda a: a.at[(0,) * a.ndim].add(zero.astype(a.dtype)), touched), out
-
-        shapes = jax.eval_shape(op, touched, *rest)
-        start = jax.tree.map(lambda s: _ffi.vary(jnp.zeros(s.shape, s.dtype), s.manual_axis_type.varying), shapes)
-        return jax.lax.fori_loop(0, num_calls, body, (touched, start), unroll=math.gcd(num_calls, 8))
+        for _ in range(num_calls):
+            zero = _zero_from(jax.lax.optimization_barrier(op(touched, *rest)))
+            touched = jax.tree.map(lambda a, zero=zero: a.at[(0,) * a.ndim].add(zero.astype(a.dtype)), touched)
+        return touched
 
     return program
 
 
-def measure(op: Callable, mesh: Mesh, args, *, axis_name: str, min_seconds: float = 0.05, repeats: int = 7) -> Times:
+def measure(op: Callable, mesh: Mesh, args, *, axis_name: str, seconds_per_run: float = 0.03, repeats: int = 7) -> Times:
     """Times `op(*args)`, mapped over `axis_name`; its first argument holds the arrays that change from call to
     call, see `_chained`."""
     spec = PartitionSpec(axis_name)
+    touched, *rest = jax.tree.map(jnp.copy, args)
 
     def program(num_calls: int):
         def vary_all(*args):
             return _chained(op, num_calls)(*jax.tree.map(lambda a: _ffi.vary(a, {axis_name}), args))
 
-        return jax.jit(jax.shard_map(vary_all, mesh=mesh, in_specs=spec, out_specs=spec))
+        return jax.jit(jax.shard_map(vary_all, mesh=mesh, in_specs=spec, out_specs=spec), donate_argnums=0)
 
     def seconds(run) -> float:
+        nonlocal touched
         start = time.perf_counter()
-        jax.block_until_ready(run(*args))
+        touched = jax.block_until_ready(run(touched, *rest))
         return time.perf_counter() - start
 
-    once = program(2)
+    once = program(1)
     seconds(once)
-    per_call = min(seconds(once) for _ in range(2)) / 2
-    num_calls = max(2, min(1000, round(min_seconds / per_call / 8) * 8))
+    per_call = min(seconds(once) for _ in range(3))
+    num_calls = max(1, min(_MAX_CALLS, round(seconds_per_run / per_call)))
     run = program(num_calls)
     seconds(run)
     return Times(tuple(seconds(run) / num_calls for _ in range(repeats)))

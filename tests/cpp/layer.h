@@ -3,11 +3,16 @@
 #ifndef JAX_EP_TESTS_LAYER_H_
 #define JAX_EP_TESTS_LAYER_H_
 
+#include <algorithm>
 #include <array>
+#include <cmath>
 #include <condition_variable>
 #include <cstdarg>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <initializer_list>
+#include <limits>
 #include <mutex>
 #include <random>
 #include <string>
