@@ -7,10 +7,9 @@
 namespace jax_ep::cuda {
 namespace {
 
-// Shares of the blocks that send. Dispatch: receivers do more, they write up to K rows
-// for one received. Combine: senders do more, they read up to K rows for one sent.
-constexpr double kDispatchSenders = 0.2;
-constexpr double kCombineSenders = 0.7;
+// Shares of the blocks that send, the best of those tried on 4x H200 (docs/performance.md).
+constexpr double kDispatchSenders = 0.37;
+constexpr double kCombineSenders = 0.55;
 
 // The CUDA device of a scope; handlers run on threads whose device XLA has chosen.
 class ScopedDevice {

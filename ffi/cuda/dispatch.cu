@@ -14,62 +14,80 @@ constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / 32;
 // Warps that share the sending of one row, so that a chunk occupies a whole block.
 constexpr int kWarpsPerRow = kWarps / kSlotsPerChunk;
+// Vectors in flight per lane: as many as fit in the registers of a full block.
+constexpr int kCopyUnroll = 7;
 
 __device__ int NumVectors(const MoEShape& shape) { return static_cast<int>(shape.row_bytes() / 16); }
 
 __device__ void CopyVectors(int4* to, const int4* from, int begin, int end) {
-  for (int first = begin + threadIdx.x % 32; first < end; first += 32 * kUnroll) {
-    int4 v[kUnroll];
+  for (int first = begin + threadIdx.x % 32; first < end; first += 32 * kCopyUnroll) {
+    int4 v[kCopyUnroll];
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u)
+    for (int u = 0; u < kCopyUnroll; ++u)
       if (first + 32 * u < end) v[u] = ptx::ld_nc_no_allocate(from + first + 32 * u);
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u)
+    for (int u = 0; u < kCopyUnroll; ++u)
       if (first + 32 * u < end) ptx::st_no_allocate(to + first + 32 * u, v[u]);
   }
 }
 
-// One (destination, chunk of slots) at a time.
-__device__ void Send(const MoEShape& shape, const Arena& arena, const DispatchParams& p, uint32_t epoch, int senders) {
-  const int peers = shape.num_ranks - 1, vectors = NumVectors(shape);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int part = warp % kWarpsPerRow, vectors_per_part = static_cast<int>(CeilDiv(vectors, kWarpsPerRow));
-  const int64_t chunks = CeilDiv(p.num_tokens, kSlotsPerChunk);
-  const int4* x = static_cast<const int4*>(p.x);
-  for (int64_t task = blockIdx.x; task < chunks * peers; task += senders) {
+// A chunk of slots for one destination, as one warp sees it.
+struct SendTask {
+  int peer;
+  int first;  // slot of the chunk
+  int slot;   // of this warp
+  int count;  // slots of the destination
+  int token;  // in `slot`, if that is less than `count`
+
+  __device__ SendTask(const MoEShape& shape, const Arena& arena, const DispatchParams& p, int task) {
+    const int peers = shape.num_ranks - 1;
     // Every rank starts with another peer, so that no link is everybody's first.
-    const int peer = (arena.rank + 1 + static_cast<int>(task % peers)) % shape.num_ranks;
-    const int64_t first = task / peers * kSlotsPerChunk;
-    const int64_t count = p.tables.send_counts[peer];
-    if (first >= count) continue;
-    const int64_t slot = first + warp / kWarpsPerRow;
-    if (slot < count) {
-      const int64_t token = p.tables.send_tokens[peer * p.num_tokens + slot];
-      const int begin = part * vectors_per_part, end = min(begin + vectors_per_part, vectors);
-      CopyVectors(arena.Row(epoch, peer, arena.rank, slot), x + token * vectors, begin, end);
+    peer = (arena.rank + 1 + static_cast<int>(task % peers)) % shape.num_ranks;
+    first = task / peers * kSlotsPerChunk;
+    slot = first + threadIdx.x / 32 / kWarpsPerRow;
+    count = p.tables.send_counts[peer];
+    token = slot < count ? p.tables.send_tokens[peer * p.num_tokens + slot] : -1;
+  }
+};
+
+__device__ void Send(const MoEShape& shape, const Arena& arena, const DispatchParams& p, uint32_t epoch, int senders) {
+  const int vectors = NumVectors(shape), lane = threadIdx.x % 32, part = threadIdx.x / 32 % kWarpsPerRow;
+  const int vectors_per_part = static_cast<int>(CeilDiv(vectors, kWarpsPerRow));
+  const int begin = part * vectors_per_part, end = min(begin + vectors_per_part, vectors);
+  const int tasks = static_cast<int>(CeilDiv(p.num_tokens, kSlotsPerChunk)) * (shape.num_ranks - 1);
+  if (blockIdx.x >= tasks) return;
+  SendTask next(shape, arena, p, blockIdx.x);
+  for (int task = blockIdx.x; task < tasks; task += senders) {
+    const SendTask now = next;
+    // Looked up early: its latency passes while this chunk is copied.
+    if (task + senders < tasks) next = SendTask(shape, arena, p, task + senders);
+    if (now.first >= now.count) continue;
+    if (now.slot < now.count) {
+      CopyVectors(arena.Row(epoch, now.peer, arena.rank, now.slot),
+                  static_cast<const int4*>(p.x) + int64_t{now.token} * vectors, begin, end);
       if (p.weights != nullptr && part == 0 && lane < shape.topk)
-        arena.Scalars(epoch, peer, arena.rank, slot)[lane] = p.weights[token * shape.topk + lane];
+        arena.Scalars(epoch, now.peer, arena.rank, now.slot)[lane] = p.weights[int64_t{now.token} * shape.topk + lane];
     }
     __syncthreads();
     if (threadIdx.x == 0) {
       ptx::fence_acq_rel_sys();
-      ptx::st_release_sys(arena.SlotFlag(peer, arena.rank, first), epoch);
+      ptx::st_release_sys(arena.SlotFlag(now.peer, arena.rank, now.first), epoch);
     }
   }
 }
 
 // Copies one arrived row to up to 32 output rows; lane k of the warp holds the k-th.
 __device__ void ExpandRow(int4* tokens, const int4* from, int vectors, int row, unsigned lanes) {
-  for (int begin = 0; begin < vectors; begin += 32 * kUnroll) {
+  for (int begin = 0; begin < vectors; begin += 32 * kCopyUnroll) {
     const int first = begin + threadIdx.x % 32;
-    int4 v[kUnroll];
+    int4 v[kCopyUnroll];
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u)
+    for (int u = 0; u < kCopyUnroll; ++u)
       if (first + 32 * u < vectors) v[u] = ptx::ld_no_allocate(from + first + 32 * u);
     for (unsigned rest = lanes; rest != 0; rest &= rest - 1) {
       int4* to = tokens + static_cast<int64_t>(__shfl_sync(kAllLanes, row, __ffs(rest) - 1)) * vectors;
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u)
+      for (int u = 0; u < kCopyUnroll; ++u)
         if (first + 32 * u < vectors) ptx::st_no_allocate(to + first + 32 * u, v[u]);
     }
   }
