@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cfenv>
 #include <condition_variable>
 #include <deque>
 #include <memory>
@@ -35,12 +36,28 @@ void Serve(TaskQueue& queue) {
   }
 }
 
+// XLA's threads flush subnormal numbers to zero, and a thread starts out as its creator does. That
+// would make results depend on who made a thread, and lose halves that are subnormal only as such.
+class ExactSubnormals {
+ public:
+  ExactSubnormals() {
+    std::fegetenv(&outer_);
+    std::fesetenv(FE_DFL_ENV);
+  }
+  ~ExactSubnormals() { std::fesetenv(&outer_); }
+  ExactSubnormals(const ExactSubnormals&) = delete;
+
+ private:
+  std::fenv_t outer_;
+};
+
 struct Loop {
   explicit Loop(int64_t count, const std::function<void(int64_t)>& f) : n(count), body(f) {}
 
   // Returns after this thread found nothing left to start. A worker that comes late touches no
   // `body`.
   void Work() {
+    const ExactSubnormals subnormals;
     int64_t finished = 0;
     for (int64_t i = next++; i < n; i = next++, ++finished) body(i);
     if (finished == 0) return;

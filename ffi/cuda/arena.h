@@ -10,8 +10,9 @@
 
 namespace jax_ep::cuda {
 
-// Slots that share one arrival flag.
-constexpr int kSlotsPerChunk = 16;
+// Slots that share one arrival flag: few, so that the last ones are not waited for long, but enough to be
+// worth the fence before the flag.
+constexpr int kSlotsPerChunk = 8;
 // Tokens that one block routes.
 constexpr int kTokensPerRouteBlock = 256;
 

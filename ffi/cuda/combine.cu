@@ -11,8 +11,26 @@ namespace {
 
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
+// Warps that share a row: more rows at a time would each take longer, and the last one counts.
+constexpr int kWarpsPerSlot = kWarps / kSlotsPerChunk;
+constexpr int kWarpsPerToken = 4;
+constexpr int kTokensPerBlock = kWarps / kWarpsPerToken;
 
 __device__ int NumVectors(const MoEShape& shape) { return static_cast<int>(shape.row_bytes() / 16); }
+
+// The vectors of a row that one of several warps works on.
+struct Share {
+  int begin, end;
+  bool first;  // this warp also does what is done once per row
+
+  __device__ Share(int vectors, int warps_per_row) {
+    const int part = threadIdx.x / 32 % warps_per_row;
+    const int per_part = static_cast<int>(CeilDiv(vectors, warps_per_row));
+    begin = part * per_part;
+    end = min(begin + per_part, vectors);
+    first = part == 0;
+  }
+};
 
 // The rows of y that make up one slot, none for slot -1; lane k of the warp holds the k-th.
 template <typename T>
@@ -28,9 +46,9 @@ struct SlotRows {
     lanes = __ballot_sync(kAllLanes, row >= 0);
   }
 
-  // Adds up to kUnroll vectors of each row, from vector `first` on, two rows at a time to have more loads
+  // Adds up to kUnroll vectors of each row, from vector `first` on and before `end`, two rows at a time to have more loads
   // in flight. All lanes must call it together.
-  __device__ void AddTo(Sum<T> (&sum)[kUnroll][kPerVector<T>], const int4* y, int vectors, int first) const {
+  __device__ void AddTo(Sum<T> (&sum)[kUnroll][kPerVector<T>], const int4* y, int vectors, int first, int end) const {
     for (unsigned rest = lanes; rest != 0;) {
       const int a = __ffs(rest) - 1;
       rest &= rest - 1;
@@ -43,13 +61,13 @@ struct SlotRows {
       int4 va[kUnroll], vb[kUnroll];
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u)
-        if (first + 32 * u < vectors) {
+        if (first + 32 * u < end) {
           va[u] = ptx::ld_nc_no_allocate(row_a + first + 32 * u);
           if (two) vb[u] = ptx::ld_nc_no_allocate(row_b + first + 32 * u);
         }
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u)
-        if (first + 32 * u < vectors) {
+        if (first + 32 * u < end) {
           AddScaled<T>(sum[u], va[u], weight_a);
           if (two) AddScaled<T>(sum[u], vb[u], weight_b);
         }
@@ -69,16 +87,18 @@ template <typename T>
 __device__ void SendSlot(const MoEShape& shape, const Arena& arena, const CombineParams& p, uint32_t epoch, int source,
                          int64_t slot) {
   const int lane = threadIdx.x % 32, vectors = NumVectors(shape);
+  const Share share(vectors, kWarpsPerSlot);
   const SlotRows<T> rows(shape, p, source, slot);
   int4* to = arena.Row(epoch, source, arena.rank, slot);
-  for (int begin = 0; begin < vectors; begin += 32 * kUnroll) {
+  for (int begin = share.begin; begin < share.end; begin += 32 * kUnroll) {
+    const int first = begin + lane;
     Sum<T> sum[kUnroll][kPerVector<T>] = {};
-    rows.AddTo(sum, static_cast<const int4*>(p.y), vectors, begin + lane);
+    rows.AddTo(sum, static_cast<const int4*>(p.y), vectors, first, share.end);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u)
-      if (begin + lane + 32 * u < vectors) ptx::st_no_allocate(to + begin + lane + 32 * u, Pack<T>(sum[u]));
+      if (first + 32 * u < share.end) ptx::st_no_allocate(to + first + 32 * u, Pack<T>(sum[u]));
   }
-  if (p.row_scalars == nullptr) return;
+  if (p.row_scalars == nullptr || !share.first) return;
   const float scalar = rows.Scalar(shape, p);
   if (lane < shape.topk) arena.Scalars(epoch, source, arena.rank, slot)[lane] = scalar;
 }
@@ -92,8 +112,8 @@ __device__ void Send(const MoEShape& shape, const Arena& arena, const CombinePar
     const int64_t first = task / peers * kSlotsPerChunk;
     const int64_t count = p.tables.recv_counts[source];
     if (first >= count) continue;
-    for (int64_t slot = first + threadIdx.x / 32; slot < min(first + kSlotsPerChunk, count); slot += kWarps)
-      SendSlot<T>(shape, arena, p, epoch, source, slot);
+    const int64_t slot = first + threadIdx.x / 32 / kWarpsPerSlot;
+    if (slot < count) SendSlot<T>(shape, arena, p, epoch, source, slot);
     __syncthreads();
     if (threadIdx.x == 0) {
       ptx::fence_acq_rel_sys();
@@ -120,11 +140,11 @@ __device__ bool WaitForTokens(const MoEShape& shape, const Arena& arena, const C
 }
 
 // Adds what ranks [0, R) returned for a token, in order and rounded to T as it crossed; this rank's own is
-// summed on the spot. Vectors `first` + 32 u of the row, kUnroll of them.
+// summed on the spot. Vectors `first` + 32 u of the row, before `end`, kUnroll of them at most.
 template <typename T>
 __device__ void AddRanks(Sum<T> (&total)[kUnroll][kPerVector<T>], const MoEShape& shape, const Arena& arena,
                          const CombineParams& p, uint32_t epoch, const int32_t* slots, const SlotRows<T>& own,
-                         int first) {
+                         int first, int end) {
   const int vectors = NumVectors(shape);
   for (int rank = 0; rank < shape.num_ranks; ++rank) {
     const int slot = slots[rank];
@@ -132,14 +152,14 @@ __device__ void AddRanks(Sum<T> (&total)[kUnroll][kPerVector<T>], const MoEShape
     int4 v[kUnroll] = {};
     if (rank == arena.rank) {
       Sum<T> sum[kUnroll][kPerVector<T>] = {};
-      own.AddTo(sum, static_cast<const int4*>(p.y), vectors, first);
+      own.AddTo(sum, static_cast<const int4*>(p.y), vectors, first, end);
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) v[u] = Pack<T>(sum[u]);
     } else {
       const int4* row = arena.Row(epoch, arena.rank, rank, slot);
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u)
-        if (first + 32 * u < vectors) v[u] = ptx::ld_no_allocate(row + first + 32 * u);
+        if (first + 32 * u < end) v[u] = ptx::ld_no_allocate(row + first + 32 * u);
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) AddScaled<T>(total[u], v[u], 1);
@@ -152,15 +172,17 @@ __device__ void ReceiveToken(const MoEShape& shape, const Arena& arena, const Co
   const int lane = threadIdx.x % 32, vectors = NumVectors(shape), ranks = shape.num_ranks;
   const int32_t* slots = p.tables.send_slots + token * ranks;
   int4* out = static_cast<int4*>(p.out) + token * vectors;
+  const Share share(vectors, kWarpsPerToken);
   const SlotRows<T> own(shape, p, arena.rank, slots[arena.rank]);
-  for (int begin = 0; begin < vectors; begin += 32 * kUnroll) {
+  for (int begin = share.begin; begin < share.end; begin += 32 * kUnroll) {
+    const int first = begin + lane;
     Sum<T> total[kUnroll][kPerVector<T>] = {};
-    AddRanks<T>(total, shape, arena, p, epoch, slots, own, begin + lane);
+    AddRanks<T>(total, shape, arena, p, epoch, slots, own, first, share.end);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u)
-      if (begin + lane + 32 * u < vectors) ptx::st_no_allocate(out + begin + lane + 32 * u, Pack<T>(total[u]));
+      if (first + 32 * u < share.end) ptx::st_no_allocate(out + first + 32 * u, Pack<T>(total[u]));
   }
-  if (p.row_scalars == nullptr) return;
+  if (p.row_scalars == nullptr || !share.first) return;
   float scalar = own.Scalar(shape, p);
   for (int rank = 0; rank < ranks; ++rank)
     if (rank != arena.rank && slots[rank] >= 0 && lane < shape.topk)
@@ -171,8 +193,10 @@ __device__ void ReceiveToken(const MoEShape& shape, const Arena& arena, const Co
 template <typename T>
 __device__ void Receive(const MoEShape& shape, const Arena& arena, const CombineParams& p, uint32_t epoch, int block,
                         int blocks) {
-  for (int64_t first = block * int64_t{kWarps}; first < p.num_tokens; first += static_cast<int64_t>(blocks) * kWarps) {
-    const int64_t last = min(first + kWarps, p.num_tokens), token = first + threadIdx.x / 32;
+  const int64_t stride = static_cast<int64_t>(blocks) * kTokensPerBlock;
+  for (int64_t first = block * int64_t{kTokensPerBlock}; first < p.num_tokens; first += stride) {
+    const int64_t last = min(first + kTokensPerBlock, p.num_tokens);
+    const int64_t token = first + threadIdx.x / 32 / kWarpsPerToken;
     const bool arrived = WaitForTokens(shape, arena, p, epoch, first, last);
     if (token >= last) continue;
     if (arrived)

@@ -101,15 +101,24 @@ __device__ void ScaleRow(const DispatchParams& p, const int4* from, int vectors,
   int4* to = static_cast<int4*>(p.tokens) + row * vectors;
   const Sum<T> weight = p.row_weights[row];
   Sum<T> dot = 0;
-  for (int v = threadIdx.x % 32; v < vectors; v += 32) {
-    const int4 g = ptx::ld_no_allocate(from + v);
-    const int4 rows = ptx::ld_nc_no_allocate(y + v);
-    Sum<T> scaled[kPerVector<T>] = {};
-    AddScaled<T>(scaled, g, weight);
-    ptx::st_no_allocate(to + v, Pack<T>(scaled));
+  for (int first = threadIdx.x % 32; first < vectors; first += 32 * kUnroll) {
+    int4 g[kUnroll], rows[kUnroll];
 #pragma unroll
-    for (int i = 0; i < kPerVector<T>; ++i)
-      dot += Load(reinterpret_cast<const T*>(&g)[i]) * Load(reinterpret_cast<const T*>(&rows)[i]);
+    for (int u = 0; u < kUnroll; ++u)
+      if (first + 32 * u < vectors) {
+        g[u] = ptx::ld_no_allocate(from + first + 32 * u);
+        rows[u] = ptx::ld_nc_no_allocate(y + first + 32 * u);
+      }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      if (first + 32 * u >= vectors) continue;
+      Sum<T> scaled[kPerVector<T>] = {};
+      AddScaled<T>(scaled, g[u], weight);
+      ptx::st_no_allocate(to + first + 32 * u, Pack<T>(scaled));
+#pragma unroll
+      for (int i = 0; i < kPerVector<T>; ++i)
+        dot += Load(reinterpret_cast<const T*>(&g[u])[i]) * Load(reinterpret_cast<const T*>(&rows[u])[i]);
+    }
   }
   for (int step = 16; step > 0; step /= 2) dot += __shfl_xor_sync(kAllLanes, dot, step);
   if (threadIdx.x % 32 == 0) p.row_scalars[row] = static_cast<float>(dot);
