@@ -373,7 +373,8 @@ def continuation(trainer: Trainer, state, text: Text, args: argparse.Namespace) 
     prompts = np.zeros((trainer.comm.num_ranks, args.seq_len), np.int32)
     prompts[:, : len(PROMPT)] = np.frombuffer(PROMPT, np.uint8)
     samples = jax.device_get(trainer.sample(state, text.put(prompts), jax.random.key(args.seed)))
-    return bytes(samples[0].astype(np.uint8)).decode(errors="replace")
+    # Hardly trained, it may write what a terminal obeys.
+    return "".join(chr(byte) if chr(byte).isprintable() or byte == ord("\n") else "·" for byte in samples[0])
 
 
 # ---- The command ----

@@ -366,12 +366,15 @@ def _with_environment(config: MoECommunicatorConfig) -> MoECommunicatorConfig:
         except ValueError:
             raise ValueError(f"{name}: expected integers separated by commas, got {text!r}") from None
 
-    num_sms = integers("JAX_EP_NUM_SMS")
+    def given(value, name: str):
+        return integers(name) if value is None else value
+
+    num_sms = given(config.num_sms, "JAX_EP_NUM_SMS")
     return dataclasses.replace(
         config,
-        num_sms=config.num_sms or (num_sms and num_sms[0]),
-        dispatch_blocks=config.dispatch_blocks or integers("JAX_EP_DISPATCH_BLOCKS"),
-        combine_blocks=config.combine_blocks or integers("JAX_EP_COMBINE_BLOCKS"),
+        num_sms=num_sms[0] if isinstance(num_sms, tuple) else num_sms,
+        dispatch_blocks=given(config.dispatch_blocks, "JAX_EP_DISPATCH_BLOCKS"),
+        combine_blocks=given(config.combine_blocks, "JAX_EP_COMBINE_BLOCKS"),
     )
 
 

@@ -6,14 +6,12 @@ Environment:
 """
 
 import os
-import tempfile
 
 # Before jax is imported. Processes that tests start share the GPUs with this one.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import hypothesis
-import hypothesis.configuration
 import jax
 import pytest
 import suite
@@ -22,13 +20,14 @@ REQUIRED = os.environ.get("JAX_EP_REQUIRE")
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
-hypothesis.configuration.set_hypothesis_home_dir(tempfile.mkdtemp(prefix="jax_ep_hypothesis_"))
 hypothesis.settings.register_profile(
     "jax_ep",
     max_examples=int(os.environ.get("JAX_EP_EXAMPLES", "10")),
     derandomize=True,
     database=None,
     deadline=None,
+    # Not shrinking: every example compiles two programs.
+    phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
     suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
 )
 hypothesis.settings.load_profile("jax_ep")

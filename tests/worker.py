@@ -127,7 +127,7 @@ def check_killed_peer(task: Task) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     start = time.monotonic()
     last_ranks = [rank for rank, device in enumerate(mesh.devices) if device.process_index == task.num_processes - 1]
-    text = rf"rank \d waited {timeout_s:g} s for rank {last_ranks[0]} in "
+    text = rf"rank \d waited {timeout_s:g} s for rank ({'|'.join(map(str, last_ranks))}) in "
     try:
         out = jax.block_until_ready(layer(*arguments))
         assert all(np.isnan(part).all() for _, part in suite.local(out))

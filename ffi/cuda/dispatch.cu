@@ -12,8 +12,9 @@ namespace {
 
 constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / 32;
-// Warps that share the sending of one row, so that a chunk occupies a whole block.
-constexpr int kWarpsPerRow = kWarps / kSlotsPerChunk;
+// Slots that a block sends before it fences once and raises the flags of their chunks; its warps share them.
+constexpr int kSlotsPerSend = 16;
+constexpr int kWarpsPerRow = kWarps / kSlotsPerSend;
 // Vectors in flight per lane: as many as fit in the registers of a full block.
 constexpr int kCopyUnroll = 7;
 
@@ -31,10 +32,10 @@ __device__ void CopyVectors(int4* to, const int4* from, int begin, int end) {
   }
 }
 
-// A chunk of slots for one destination, as one warp sees it.
+// Slots for one destination, as one warp of the block that sends them sees it.
 struct SendTask {
   int peer;
-  int first;  // slot of the chunk
+  int first;  // slot of the block
   int slot;   // of this warp
   int count;  // slots of the destination
   int token;  // in `slot`, if that is less than `count`
@@ -43,7 +44,7 @@ struct SendTask {
     const int peers = shape.num_ranks - 1;
     // Every rank starts with another peer, so that no link is everybody's first.
     peer = (arena.rank + 1 + static_cast<int>(task % peers)) % shape.num_ranks;
-    first = task / peers * kSlotsPerChunk;
+    first = task / peers * kSlotsPerSend;
     slot = first + threadIdx.x / 32 / kWarpsPerRow;
     count = p.tables.send_counts[peer];
     token = slot < count ? p.tables.send_tokens[peer * p.num_tokens + slot] : -1;
@@ -54,12 +55,12 @@ __device__ void Send(const MoEShape& shape, const Arena& arena, const DispatchPa
   const int vectors = NumVectors(shape), lane = threadIdx.x % 32, part = threadIdx.x / 32 % kWarpsPerRow;
   const int vectors_per_part = static_cast<int>(CeilDiv(vectors, kWarpsPerRow));
   const int begin = part * vectors_per_part, end = min(begin + vectors_per_part, vectors);
-  const int tasks = static_cast<int>(CeilDiv(p.num_tokens, kSlotsPerChunk)) * (shape.num_ranks - 1);
+  const int tasks = static_cast<int>(CeilDiv(p.num_tokens, kSlotsPerSend)) * (shape.num_ranks - 1);
   if (blockIdx.x >= tasks) return;
   SendTask next(shape, arena, p, blockIdx.x);
   for (int task = blockIdx.x; task < tasks; task += senders) {
     const SendTask now = next;
-    // Looked up early: its latency passes while this chunk is copied.
+    // Looked up early: its latency passes while these slots are copied.
     if (task + senders < tasks) next = SendTask(shape, arena, p, task + senders);
     if (now.first >= now.count) continue;
     if (now.slot < now.count) {
@@ -69,9 +70,10 @@ __device__ void Send(const MoEShape& shape, const Arena& arena, const DispatchPa
         arena.Scalars(epoch, now.peer, arena.rank, now.slot)[lane] = p.weights[int64_t{now.token} * shape.topk + lane];
     }
     __syncthreads();
-    if (threadIdx.x == 0) {
+    const int chunk = now.first + threadIdx.x * kSlotsPerChunk;
+    if (threadIdx.x < kSlotsPerSend / kSlotsPerChunk && chunk < now.count) {
       ptx::fence_acq_rel_sys();
-      ptx::st_release_sys(arena.SlotFlag(now.peer, arena.rank, now.first), epoch);
+      ptx::st_release_sys(arena.SlotFlag(now.peer, arena.rank, chunk), epoch);
     }
   }
 }
@@ -101,6 +103,7 @@ __device__ void ScaleRow(const DispatchParams& p, const int4* from, int vectors,
   int4* to = static_cast<int4*>(p.tokens) + row * vectors;
   const Sum<T> weight = p.row_weights[row];
   Sum<T> dot = 0;
+  constexpr int kUnroll = 2;  // two rows are read
   for (int first = threadIdx.x % 32; first < vectors; first += 32 * kUnroll) {
     int4 g[kUnroll], rows[kUnroll];
 #pragma unroll
@@ -154,24 +157,23 @@ struct SlotSource {
   }
 };
 
-// One warp gives the rows of a slot what they are due, NaN if it never came.
+// One warp gives the rows of a slot what they are due, NaN if it never came. T is void where rows are
+// copied as bytes, and their element type where they are scaled.
 template <typename T>
 __device__ void ReceiveSlot(const MoEShape& shape, const DispatchParams& p, const SlotSource& from, int row,
                             bool arrived) {
   const int vectors = NumVectors(shape);
   int4* tokens = static_cast<int4*>(p.tokens);
   const unsigned lanes = __ballot_sync(kAllLanes, row >= 0);
-  if (arrived && p.y == nullptr) {
+  if (!arrived) {
+    for (unsigned rest = lanes; rest != 0; rest &= rest - 1)
+      FillRow(tokens + int64_t{__shfl_sync(kAllLanes, row, __ffs(rest) - 1)} * vectors, vectors, NaNs(shape.dtype));
+  } else if constexpr (std::is_void_v<T>) {
     ExpandRow(tokens, from.row, vectors, row, lanes);
     PlaceWeights(shape, p, from.weights, row, lanes);
-    return;
-  }
-  for (unsigned rest = lanes; rest != 0; rest &= rest - 1) {
-    const int64_t to = __shfl_sync(kAllLanes, row, __ffs(rest) - 1);
-    if (arrived)
-      ScaleRow<T>(p, from.row, vectors, to);
-    else
-      FillRow(tokens + to * vectors, vectors, NaNs(shape.dtype));
+  } else {
+    for (unsigned rest = lanes; rest != 0; rest &= rest - 1)
+      ScaleRow<T>(p, from.row, vectors, __shfl_sync(kAllLanes, row, __ffs(rest) - 1));
   }
 }
 
@@ -249,15 +251,20 @@ __global__ void __launch_bounds__(kThreads, 1) DispatchKernel(MoEShape shape, Ar
 
 cudaError_t LaunchDispatch(const MoEShape& shape, const Arena& arena, const DispatchParams& params, Blocks blocks,
                            cudaStream_t stream) {
-  VisitDType(shape.dtype, [&](auto* t) {
-    DispatchKernel<std::remove_pointer_t<decltype(t)>>
-        <<<blocks.total, kThreads, 0, stream>>>(shape, arena, params, blocks.senders);
-  });
+  const auto launch = [&](auto* kernel) {
+    kernel<<<blocks.total, kThreads, 0, stream>>>(shape, arena, params, blocks.senders);
+  };
+  if (params.y == nullptr)
+    launch(DispatchKernel<void>);
+  else
+    VisitDType(shape.dtype, [&](auto* t) { launch(DispatchKernel<std::remove_pointer_t<decltype(t)>>); });
   return cudaGetLastError();
 }
 
 cudaError_t LoadDispatch(const MoEShape& shape) {
   cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, DispatchKernel<void>);
+  if (error != cudaSuccess) return error;
   return VisitDType(shape.dtype, [&](auto* t) {
     return cudaFuncGetAttributes(&attributes, DispatchKernel<std::remove_pointer_t<decltype(t)>>);
   });

@@ -90,7 +90,7 @@ int TestLargeShapes() {
 }
 
 int TestManyRounds() {
-  constexpr int kRounds = 1200;
+  constexpr int kRounds = 1000;
   Random random(4);
   for (const int ranks : {2, 4}) {
     const MoEShape shape = SmallShape(ranks);

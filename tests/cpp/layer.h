@@ -50,8 +50,10 @@ template <typename T>
 T OneOf(Random& random, std::initializer_list<T> choices) {
   return *(choices.begin() + Between(random, 0, static_cast<int64_t>(choices.size()) - 1));
 }
-inline float Uniform(Random& random) {
-  return std::uniform_real_distribution<float>(-2.0f, 2.0f)(random);
+// Of many magnitudes: the smallest are subnormal as halves.
+inline float DrawNumber(Random& random) {
+  const float uniform = std::uniform_real_distribution<float>(-2.0f, 2.0f)(random);
+  return std::ldexp(uniform, -static_cast<int>(Between(random, 0, 3) * 6));
 }
 
 inline std::string Describe(const MoEShape& s) {
@@ -107,7 +109,7 @@ struct Layer {
 
 inline Bytes DrawRows(DType dtype, int64_t elements, Random& random) {
   Bytes rows(elements * (dtype == DType::kF64 ? 8 : dtype == DType::kF32 ? 4 : 2));
-  for (int64_t i = 0; i < elements; ++i) naive::Put(dtype, Uniform(random), rows.data(), i);
+  for (int64_t i = 0; i < elements; ++i) naive::Put(dtype, DrawNumber(random), rows.data(), i);
   return rows;
 }
 
@@ -116,7 +118,7 @@ inline void DrawTokens(int rank, Draw draw, Random& random, Layer* layer) {
   const int64_t ids = layer->num_tokens * shape.topk;
   layer->x[rank] = DrawRows(shape.dtype, layer->num_tokens * shape.hidden_size, random);
   for (int64_t i = 0; i < ids; ++i) layer->topk_ids[rank].push_back(DrawId(shape, draw, random));
-  for (int64_t i = 0; i < ids; ++i) layer->weights[rank].push_back(Uniform(random));
+  for (int64_t i = 0; i < ids; ++i) layer->weights[rank].push_back(DrawNumber(random));
 }
 
 inline void DrawExpertRows(int rank, Random& random, Layer* layer) {
@@ -128,7 +130,7 @@ inline void DrawExpertRows(int rank, Random& random, Layer* layer) {
     const bool is_token = layer->routing[rank].rows[row].source >= 0;
     for (int64_t h = 0; h < hidden && !is_token; ++h)
       naive::Put(shape.dtype, nan, layer->y[rank].data(), row * hidden + h);
-    layer->row_weights[rank].push_back(is_token ? Uniform(random) : nan);
+    layer->row_weights[rank].push_back(is_token ? DrawNumber(random) : nan);
     // Whole numbers, whose sums are exact in any order.
     for (int64_t i = 0; i < scalars; ++i)
       layer->row_scalars[rank].push_back(is_token ? static_cast<float>(Between(random, -99, 99))

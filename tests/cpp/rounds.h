@@ -3,6 +3,10 @@
 #ifndef JAX_EP_TESTS_ROUNDS_H_
 #define JAX_EP_TESTS_ROUNDS_H_
 
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
+
 #include <algorithm>
 #include <cstdint>
 #include <deque>
@@ -102,6 +106,14 @@ inline OpKey KeyOf(size_t layer, int64_t round) {
   return key;
 }
 
+// As XLA does in its threads. Threads inherit it; the ops must not let it change their results.
+inline void FlushSubnormalsInThisThread() {
+#ifdef __SSE2__
+  constexpr unsigned kFlushToZero = 0x8000, kDenormalsAreZero = 0x40;
+  _mm_setcsr(_mm_getcsr() | kFlushToZero | kDenormalsAreZero);
+#endif
+}
+
 // Returns the first error that an op of this rank was given; stops there.
 inline ErrorRecord RunRank(Communicator& communicator, const std::vector<Layer>& layers,
                            Place place, int64_t first_round, int64_t rounds) {
@@ -139,6 +151,7 @@ inline std::vector<ErrorRecord> RunRanks(Communicator& communicator,
       if (spec.groups[group][rank].process != spec.process) continue;
       ErrorRecord& error = errors.emplace_back();
       threads.emplace_back([&, group, rank] {
+        FlushSubnormalsInThisThread();
         error = RunRank(communicator, layers, {group, rank}, first_round, rounds);
       });
     }

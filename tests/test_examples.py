@@ -1,0 +1,43 @@
+"""The code that users start from runs as it is printed."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parents[1]
+TIMEOUT_S = 240
+
+
+def run_python(implementation: str, directory: pathlib.Path, *arguments) -> str:
+    """Runs it as users would, with warnings as errors, and returns what it printed."""
+    platforms = dict(JAX_PLATFORMS="cpu") if implementation == "cpu" else {}
+    result = subprocess.run(
+        [sys.executable, "-W", "error", *map(str, arguments)],
+        env=os.environ | platforms,
+        cwd=directory,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout
+    return result.stdout
+
+
+def test_train_moe_lm(native_implementation, tmp_path):
+    sizes = "--steps 2 --batch 8 --seq-len 32 --layers 1 --hidden 64".split()
+    output = run_python(native_implementation, tmp_path, ROOT / "examples" / "train_moe_lm.py", *sizes)
+    assert f"implementation {native_implementation}" in output
+    assert "One step is the reference implementation's" in output
+    assert "unigram entropy" in output
+    assert (tmp_path / "out" / "train_moe_lm.png").stat().st_size > 0
+
+
+def test_readme(native_implementation, tmp_path):
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert blocks
+    blocks.append(f"assert comm.config.implementation == {native_implementation!r}; assert jnp.isfinite(value)")
+    run_python(native_implementation, tmp_path, "-c", "\n".join(blocks))
