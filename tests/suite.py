@@ -273,15 +273,17 @@ def assert_same(got, want) -> None:
             np.testing.assert_array_equal(got_part, want_part, err_msg=f"{jax.tree_util.keystr(path)} at {index}")
 
 
-def assert_rounded(name: str, dtype, got: jax.Array, want, terms: np.ndarray | None = None) -> None:
-    """Equality up to rounding to `dtype`, or to that of `got`, of sums; `terms` sums their terms' absolute values."""
+def assert_rounded(name: str, dtype, got: jax.Array, want, terms: np.ndarray | None = None, num_terms: int = 1) -> None:
+    """Equality up to rounding to `dtype`, or to that of `got`, of sums of `num_terms` terms, whose absolute values add
+    up to `terms`."""
     info = max(jnp.finfo(dtype), jnp.finfo(got.dtype), key=lambda info: info.eps)
+    precision = ROUNDINGS * (float(info.eps) + num_terms**0.5 * float(jnp.finfo(wide_dtype(dtype)).eps))
     want_at = {str(index): part for index, part in local(want)} if isinstance(want, jax.Array) else None
     for index, part in local(got):
         wanted = (want[index] if want_at is None else want_at[str(index)]).astype(np.float64)
         size = np.abs(wanted) if terms is None else terms[index]
         # Below the smallest normal number the dtype's steps stay as they are there, and float32 may be flushed to 0.
-        allowed = ROUNDINGS * float(info.eps) * np.maximum(size, float(info.smallest_normal)) + FLUSHED
+        allowed = precision * np.maximum(size, float(info.smallest_normal)) + FLUSHED
         error = np.abs(part.astype(np.float64) - wanted)
         assert (error <= allowed).all(), f"{name} at {index}: {np.max(error / allowed)} times what rounding explains"
 
@@ -289,10 +291,17 @@ def assert_rounded(name: str, dtype, got: jax.Array, want, terms: np.ndarray | N
 RESULTS = ("out", "gradient of x", "gradient of weights", "gradient of scale", "gradient of gain")
 
 
+def assert_results(case: Case, inputs: Inputs, got: Result, want: Iterable) -> None:
+    """`want` holds what `RESULTS` names."""
+    terms = dense(case, inputs, absolute=True)
+    num_rows = inputs.topk_ids.size
+    num_terms = (case.topk, case.topk, case.hidden_size, num_rows, num_rows)
+    for name, array, *wanted in zip(RESULTS, (got.out, *got.gradients), want, terms, num_terms, strict=False):
+        assert_rounded(name, case.dtype, array, *wanted)
+
+
 def assert_dense(case: Case, inputs: Inputs, got: Result) -> None:
-    want, terms = dense(case, inputs), dense(case, inputs, absolute=True)
-    for name, array, wanted, size in zip(RESULTS, (got.out, *got.gradients), want, terms, strict=False):
-        assert_rounded(name, case.dtype, array, wanted, size)
+    assert_results(case, inputs, got, dense(case, inputs))
 
 
 # The checks.
@@ -316,7 +325,5 @@ def check_case(implementation: str, case: Case, mesh: Mesh | None = None) -> Non
         return
     (want,) = run("reference", mesh, case)
     assert_same(got.received, want.received)
-    terms = dense(case, inputs, absolute=True)
-    for name, a, b, size in zip(RESULTS, (got.out, *got.gradients), (want.out, *want.gradients), terms, strict=False):
-        assert_rounded(name, case.dtype, a, b, size)
+    assert_results(case, inputs, got, (want.out, *want.gradients))
     assert_rounded("gradient of the expert output", case.dtype, got.gradients[-1], want.gradients[-1])

@@ -15,19 +15,17 @@ constexpr int kWarps = kThreads / 32;
 // Slots that a block sends before it fences once and raises the flags of their chunks; its warps share them.
 constexpr int kSlotsPerSend = 16;
 constexpr int kWarpsPerRow = kWarps / kSlotsPerSend;
-// Vectors in flight per lane: as many as fit in the registers of a full block.
-constexpr int kCopyUnroll = 7;
 
 __device__ int NumVectors(const MoEShape& shape) { return static_cast<int>(shape.row_bytes() / 16); }
 
 __device__ void CopyVectors(int4* to, const int4* from, int begin, int end) {
-  for (int first = begin + threadIdx.x % 32; first < end; first += 32 * kCopyUnroll) {
-    int4 v[kCopyUnroll];
+  for (int first = begin + threadIdx.x % 32; first < end; first += 32 * kUnroll) {
+    int4 v[kUnroll];
 #pragma unroll
-    for (int u = 0; u < kCopyUnroll; ++u)
+    for (int u = 0; u < kUnroll; ++u)
       if (first + 32 * u < end) v[u] = ptx::ld_nc_no_allocate(from + first + 32 * u);
 #pragma unroll
-    for (int u = 0; u < kCopyUnroll; ++u)
+    for (int u = 0; u < kUnroll; ++u)
       if (first + 32 * u < end) ptx::st_no_allocate(to + first + 32 * u, v[u]);
   }
 }
@@ -80,16 +78,16 @@ __device__ void Send(const MoEShape& shape, const Arena& arena, const DispatchPa
 
 // Copies one arrived row to up to 32 output rows; lane k of the warp holds the k-th.
 __device__ void ExpandRow(int4* tokens, const int4* from, int vectors, int row, unsigned lanes) {
-  for (int begin = 0; begin < vectors; begin += 32 * kCopyUnroll) {
+  for (int begin = 0; begin < vectors; begin += 32 * kUnroll) {
     const int first = begin + threadIdx.x % 32;
-    int4 v[kCopyUnroll];
+    int4 v[kUnroll];
 #pragma unroll
-    for (int u = 0; u < kCopyUnroll; ++u)
+    for (int u = 0; u < kUnroll; ++u)
       if (first + 32 * u < vectors) v[u] = ptx::ld_no_allocate(from + first + 32 * u);
     for (unsigned rest = lanes; rest != 0; rest &= rest - 1) {
       int4* to = tokens + static_cast<int64_t>(__shfl_sync(kAllLanes, row, __ffs(rest) - 1)) * vectors;
 #pragma unroll
-      for (int u = 0; u < kCopyUnroll; ++u)
+      for (int u = 0; u < kUnroll; ++u)
         if (first + 32 * u < vectors) ptx::st_no_allocate(to + first + 32 * u, v[u]);
     }
   }
