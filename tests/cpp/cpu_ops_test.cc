@@ -301,7 +301,7 @@ int TestLaneHandover() {
 
 // A lane that is filled with two keys in turn never seems to hold one mixed of both.
 int TestLaneKeys() {
-  constexpr int64_t kFills = 1000000;
+  constexpr int64_t kFills = 600000;
   // Over two cache lines, as many headers are: within one, a mixed key is hardly ever seen.
   struct alignas(64) {
     std::byte before[32];

@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Runs what needs GPUs: the shared suite on all of them, across processes and on one alone under compute-sanitizer.
+#
+#   tests/on_gpus.sh [LOG_FOLDER]     with the package installed with CUDA, and pytest and hypothesis
+#
+# Ends with a line per part, and fails if one of them did.
+set -u
+cd "$(dirname "$0")/.."
+logs=${1:-out/gpu-tests}
+mkdir -p "$logs"
+# Multicast of NVLink stays off, whatever NCCL would choose. Processes share the GPUs' memory.
+export JAX_EP_REQUIRE=cuda NCCL_NVLS_ENABLE=0 XLA_PYTHON_CLIENT_PREALLOCATE=false PYTHONUNBUFFERED=1
+failed=0
+
+part() {  # NAME SECONDS COMMAND...
+  local name=$1 seconds=$2 start=$SECONDS
+  shift 2
+  if timeout --kill-after=20 "$seconds" "$@" >"$logs/$name.log" 2>&1; then local verdict=passed; else local verdict=FAILED; failed=1; fi
+  printf '%-24s %s in %d s: %s\n' "$name" "$verdict" $((SECONDS - start)) \
+    "$(grep -E '^(=+ )?[0-9]+ (passed|failed).*|ERROR SUMMARY' "$logs/$name.log" | tail -n 2 | tr '\n' ' ')"
+}
+
+gpus=$(nvidia-smi -L | wc -l)
+nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | sort | uniq -c
+python3 -c 'import jax; print("jax", jax.__version__)'
+
+part "ops-$gpus-gpus" 400 python3 -m pytest -q --durations=10 tests/test_ops.py tests/test_errors.py
+part "processes-$gpus-gpus" 300 python3 -m pytest -q --durations=10 tests/test_processes.py
+# One GPU, a few tests that reach every kernel: a sanitizer makes them ten times slower.
+few='test_few_tokens or test_routing or test_drop or test_long_rows or test_unweighted or test_narrow_floats'
+for tool in memcheck racecheck; do
+  CUDA_VISIBLE_DEVICES=0 XLA_FLAGS=--xla_gpu_enable_command_buffer= part "$tool-1-gpu" 300 compute-sanitizer \
+    --tool "$tool" --target-processes all --error-exitcode 9 --kernel-regex kernel_substring=jax_ep \
+    python3 -m pytest -q -x tests/test_ops.py -k "$few"
+done
+exit $failed
