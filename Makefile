@@ -15,6 +15,12 @@ CUDA_EXTRA := $(if $(filter on ON On 1 true yes,$(JAX_EP_CUDA)),$(comma)cuda13)
 NATIVE_SOURCES := pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(shell find ffi -type f)
 FORMATTED_SOURCES = $(shell find ffi tests -name '*.h' -o -name '*.cc' -o -name '*.cu' -o -name '*.cuh')
 
+# What is installed in .venv, by set of requirements.
+EXAMPLES := $(VENV)/.examples-cuda-$(JAX_EP_CUDA)
+TEST := $(VENV)/.test-cuda-$(JAX_EP_CUDA)
+DEV := $(VENV)/.dev-cuda-$(JAX_EP_CUDA)
+TOOLS := $(VENV)/.tools
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
@@ -25,26 +31,26 @@ help:  ## Show this list
 	@echo "Variables: PYTHON=$(PYTHON) JAX_EP_CUDA=$(JAX_EP_CUDA) DEMO_ARGS= PYTEST_ARGS= BENCH_ARGS="
 
 .PHONY: demo
-demo: $(VENV)/.installed-examples  ## Set up .venv and train a small MoE language model
+demo: $(EXAMPLES)  ## Set up .venv and train a small MoE language model
 	$(BIN)/python examples/train_moe_lm.py $(DEMO_ARGS)
 
 .PHONY: test
-test: $(VENV)/.installed-test  ## Set up .venv and run the tests
+test: $(TEST)  ## Set up .venv and run the tests
 	$(BIN)/pytest $(PYTEST_ARGS)
 
 .PHONY: bench
-bench: $(VENV)/.installed-examples  ## Measure, beside stock JAX on the same machine
+bench: $(EXAMPLES)  ## Measure, beside stock JAX on the same machine
 	$(BIN)/python -m jax_ep.bench $(BENCH_ARGS)
 
 .PHONY: lint
-lint: $(VENV)/.installed-dev  ## Check style and types
+lint: $(DEV)  ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(FORMATTED_SOURCES)
 
 .PHONY: format
-format: $(VENV)/.installed-dev  ## Apply the style
+format: $(DEV)  ## Apply the style
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(FORMATTED_SOURCES)
@@ -55,13 +61,13 @@ sanitize-asan: SANITIZER := address,undefined
 sanitize-tsan: SANITIZER := thread
 
 # ThreadSanitizer may find no room for its shadow memory where the kernel randomises addresses.
-sanitize-asan sanitize-tsan: sanitize-%: $(VENV)/.installed-tools
+sanitize-asan sanitize-tsan: sanitize-%: $(TOOLS)
 	$(CMAKE) -S . -B build/$* -DJAX_EP_SANITIZE=$(SANITIZER)
 	$(BIN)/cmake --build build/$* --target cpu_ops_test
 	timeout 600 $$(setarch -R true 2>/dev/null && echo setarch -R) build/$*/cpu_ops_test
 
 .PHONY: cuda
-cuda: $(VENV)/.installed-tools  ## Compile the CUDA code, without running it
+cuda: $(TOOLS)  ## Compile the CUDA code, without running it
 	$(CMAKE) -S . -B build/cuda -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
 	  -DJAX_EP_CUDA=ON -DJAX_EP_CUDA_ARCHITECTURES=90
 	$(BIN)/cmake --build build/cuda --target _cuda
@@ -78,25 +84,25 @@ $(VENV)/pyvenv.cfg:
 	  { echo "jax_ep needs Python.h: install the headers of $(PYTHON) (Debian, Ubuntu: python3-dev)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# Editable, since the tests run beside the sources, whose folder would hide an installed package. Each set
-# of requirements holds the ones before it.
-install = $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(1)$(CUDA_EXTRA)]'
+# Editable, since the tests run beside the sources, whose folder would hide an installed package. An install
+# replaces the ones before it; each set of requirements holds the sets before it.
+define install
+	@rm -f $(VENV)/.*-cuda-*
+	@echo "Installing jax_ep into $(VENV), with JAX_EP_CUDA=$(JAX_EP_CUDA): minutes at first"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(1)$(CUDA_EXTRA)]'
+	@touch $(addprefix $(VENV)/.,$(addsuffix -cuda-$(JAX_EP_CUDA),$(2)))
+endef
 
-$(VENV)/.installed-examples: $(VENV)/pyvenv.cfg $(NATIVE_SOURCES)
-	@echo "Installing jax_ep (JAX_EP_CUDA=$(JAX_EP_CUDA)) and what the example needs into $(VENV): minutes at first"
-	$(call install,examples)
-	@touch $@
+$(EXAMPLES): $(VENV)/pyvenv.cfg $(NATIVE_SOURCES)
+	$(call install,examples,examples)
 
-$(VENV)/.installed-test: $(VENV)/pyvenv.cfg $(NATIVE_SOURCES)
-	@echo "Installing jax_ep (JAX_EP_CUDA=$(JAX_EP_CUDA)) and what the tests need into $(VENV): minutes at first"
-	$(call install,test)
-	@touch $(VENV)/.installed-examples $@
+$(TEST): $(VENV)/pyvenv.cfg $(NATIVE_SOURCES)
+	$(call install,test,examples test)
 
-$(VENV)/.installed-dev: $(VENV)/pyvenv.cfg $(NATIVE_SOURCES)
-	$(call install,dev)
-	@touch $(VENV)/.installed-examples $(VENV)/.installed-test $@
+$(DEV): $(VENV)/pyvenv.cfg $(NATIVE_SOURCES)
+	$(call install,dev,examples test dev)
 
-# Compiles without the package's own build: no editable install is needed.
-$(VENV)/.installed-tools: $(VENV)/pyvenv.cfg pyproject.toml
+# For targets that compile but do not install.
+$(TOOLS): $(VENV)/pyvenv.cfg pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'cmake>=3.24' ninja 'nanobind>=2.7' 'jax>=0.10.2'
 	@touch $@

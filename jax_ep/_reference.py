@@ -98,9 +98,7 @@ def _poison(spec, all_ids, is_expert, ranks):
 
 
 def _take(rows, indices):
-    """Rows by index, anything for -1: callers mask. Zeros if there is nothing to take."""
-    if rows.shape[0] == 0:
-        return jnp.zeros_like(rows, shape=(*indices.shape, *rows.shape[1:]))
+    """Rows by index, anything for -1: callers mask."""
     return jnp.take(rows, jnp.maximum(indices, 0), axis=0)
 
 

@@ -207,7 +207,7 @@ class MoECommunicator:
         if topk_ids is None:
             raise ValueError("topk_ids: expected an array, or previous_handle, got neither")
         expect_array("topk_ids", topk_ids, (num_tokens, shape.topk), jnp.int32)
-        topk_ids = _ffi.vary(topk_ids, {self.config.axis_name})
+        topk_ids = _ffi.vary(_at_least_one_token(topk_ids, -1), {self.config.axis_name})
         routing, num_tokens_per_expert, offsets, num_dropped, recv_topk_ids = _route.route(self._spec, topk_ids)
         layout = DispatchLayoutInfo(shape.layout, num_tokens_per_expert, offsets)
         handle = DispatchHandle(
@@ -218,8 +218,8 @@ class MoECommunicator:
     def _move(self, x, weights, handle: DispatchHandle) -> tuple[DispatchOutput, DispatchHandle]:
         axes = _ffi.varying_axes(x) | {self.config.axis_name} | _varying_axes(handle)
         axes |= _varying_axes(weights)
-        x = _ffi.vary(x, axes)
-        weights = None if weights is None else _ffi.vary(weights, axes)
+        x = _ffi.vary(_at_least_one_token(x, 0), axes)
+        weights = None if weights is None else _ffi.vary(_at_least_one_token(weights, 0), axes)
         tokens, row_weights = _dispatch.dispatch(self._spec, x, weights, handle.routing)
         topk_weights = None
         if handle.layout.kind is DispatchLayout.RANK_MAJOR:
@@ -249,7 +249,8 @@ class MoECommunicator:
         axes = _ffi.varying_axes(y) | _varying_axes(handle)
         y = _ffi.vary(y, axes)
         row_weights = None if handle.row_weights is None else _ffi.vary(handle.row_weights, axes)
-        return _combine.combine(self._spec, y, row_weights, handle.routing, handle.num_tokens)
+        out = _combine.combine(self._spec, y, row_weights, handle.routing, max(1, handle.num_tokens))
+        return out[: handle.num_tokens]
 
     def check(self) -> None:
         """Raises what went wrong on this process's devices since the last call.
@@ -312,6 +313,11 @@ class MoECommunicator:
             raise TypeError(f"{argument}: expected a DispatchHandle, got {type(handle).__name__}")
         mine = self._spec.communicator_id
         expect(handle.communicator_id == mine, argument, "a handle of this communicator", "another communicator's")
+
+
+def _at_least_one_token(array, fill):
+    """A rank without tokens takes part with one that has no expert: XLA's GPU compiler crashes on empty operands."""
+    return array if array.shape[0] else jnp.full((1, *array.shape[1:]), fill, array.dtype)
 
 
 def _varying_axes(tree) -> frozenset[str]:

@@ -415,11 +415,18 @@ cudaError_t LaunchRoute(const MoEShape& shape, const Arena& arena, const RoutePa
   return cudaGetLastError();
 }
 
+// Communicators of several shapes share the kernels: the limit only ever rises.
+template <typename Kernel>
+cudaError_t AllowSharedMemory(Kernel* kernel, int bytes) {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error != cudaSuccess || attributes.maxDynamicSharedSizeBytes >= bytes) return error;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+}
+
 cudaError_t LoadRoute(const MoEShape& shape) {
-  const cudaError_t error = cudaFuncSetAttribute(ExchangeAndCount, cudaFuncAttributeMaxDynamicSharedMemorySize, CountBytes(shape));
-  if (error != cudaSuccess) return error;
-  return cudaFuncSetAttribute(PlaceRows, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              static_cast<int>(Tables::Bytes(shape)));
+  const cudaError_t error = AllowSharedMemory(ExchangeAndCount, CountBytes(shape));
+  return error != cudaSuccess ? error : AllowSharedMemory(PlaceRows, static_cast<int>(Tables::Bytes(shape)));
 }
 
 }  // namespace jax_ep::cuda
