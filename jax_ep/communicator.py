@@ -221,12 +221,12 @@ class MoECommunicator:
         x = _ffi.vary(_at_least_one_token(x, 0), axes)
         weights = None if weights is None else _ffi.vary(_at_least_one_token(weights, 0), axes)
         tokens, row_weights = _dispatch.dispatch(self._spec, x, weights, handle.routing)
-        topk_weights = None
-        if handle.layout.kind is DispatchLayout.RANK_MAJOR:
-            if row_weights is not None:
-                topk_weights = jnp.where(handle.topk_ids >= 0, row_weights, 0)
-        elif row_weights is not None:
+        rank_major = handle.layout.kind is DispatchLayout.RANK_MAJOR
+        if row_weights is not None:
+            if rank_major:
+                row_weights = jnp.where(handle.topk_ids >= 0, row_weights, 0)
             handle = dataclasses.replace(handle, row_weights=row_weights)
+        topk_weights = handle.row_weights if rank_major else None
         return DispatchOutput(tokens, handle.layout, handle.num_dropped, handle.topk_ids, topk_weights), handle
 
     def combine(self, y: jax.Array, handle: DispatchHandle) -> jax.Array:
@@ -248,7 +248,8 @@ class MoECommunicator:
         expect_array("y", y, (self._shape.capacity, self._shape.hidden_size), self.config.dtype)
         axes = _ffi.varying_axes(y) | _varying_axes(handle)
         y = _ffi.vary(y, axes)
-        row_weights = None if handle.row_weights is None else _ffi.vary(handle.row_weights, axes)
+        weighted = handle.row_weights is not None and handle.layout.kind is DispatchLayout.FLAT
+        row_weights = _ffi.vary(handle.row_weights, axes) if weighted else None
         out = _combine.combine(self._spec, y, row_weights, handle.routing, max(1, handle.num_tokens))
         return out[: handle.num_tokens]
 
@@ -263,6 +264,8 @@ class MoECommunicator:
           ExpertIdError: topk_ids held an id that is neither -1 nor an expert.
           PeerTimeoutError: a peer did not come; only `destroy` is left to do.
         """
+        if self._spec.is_reference:
+            jax.effects_barrier()  # its reports come by callback
         if self._connection is not None:
             code, rank, _, got, timeout_text = self._connection.native.take_error()
         elif self._reference_error is not None:

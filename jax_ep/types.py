@@ -96,7 +96,8 @@ class DispatchHandle:
 
     Attributes:
       routing: the implementation's tables.
-      row_weights: float32 `[C]`, the routing weight of each `FLAT` row, or None for an unweighted combine.
+      row_weights: float32, the routing weights beside the rows: `[C]` for `FLAT`, which combine applies; `[C, K]` for
+        `RANK_MAJOR`, which the expert side does. None if dispatch was given none.
       layout: as in `DispatchOutput`.
       num_dropped: as in `DispatchOutput`.
       topk_ids: as in `DispatchOutput`.

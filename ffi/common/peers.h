@@ -11,7 +11,8 @@ namespace jax_ep {
 
 struct Member {
   int32_t process;
-  int32_t ordinal;  // what XLA's DeviceOrdinal says of the device in its own process, -1 elsewhere if unknown
+  int32_t ordinal;  // what XLA's DeviceOrdinal says of the device in its own process, -1 elsewhere
+                    // if unknown
 };
 
 // The members of one expert-parallel group, by rank.

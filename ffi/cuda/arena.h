@@ -10,8 +10,8 @@
 
 namespace jax_ep::cuda {
 
-// Slots that share one arrival flag: few, so that the last ones are not waited for long, but enough to be
-// worth the fence before the flag.
+// Slots that share one arrival flag: few, so that the last ones are not waited for long, but enough
+// to be worth the fence before the flag.
 constexpr int kSlotsPerChunk = 8;
 // Tokens that one block routes.
 constexpr int kTokensPerRouteBlock = 256;
@@ -28,9 +28,9 @@ struct ArenaHeader {
   uint32_t failed;       // a peer was lost: no wait lasts any more
 };
 
-// Every exchange has the next epoch. Flags hold the epoch of what they announce and are never reset.
-// Windows alternate between two halves: a rank enters epoch n + 2 only after every peer entered n + 1, and
-// so has read everything of epoch n. All offsets in bytes.
+// Every exchange has the next epoch. Flags hold the epoch of what they announce and are never
+// reset. Windows alternate between two halves: a rank enters epoch n + 2 only after every peer
+// entered n + 1, and so has read everything of epoch n. All offsets in bytes.
 struct ArenaLayout {
   int64_t header;
   int64_t ready;       // [R] flags: the peer entered this epoch
@@ -85,9 +85,13 @@ struct Arena {
   int32_t rank;
 
 #ifdef __CUDACC__
-  __device__ ArenaHeader* Header() const { return reinterpret_cast<ArenaHeader*>(own + layout.header); }
+  __device__ ArenaHeader* Header() const {
+    return reinterpret_cast<ArenaHeader*>(own + layout.header);
+  }
   // Below, `owner` is whose memory it is and `source` who writes it.
-  __device__ uint32_t* Ready(int owner, int source) const { return Flags(owner, layout.ready) + source; }
+  __device__ uint32_t* Ready(int owner, int source) const {
+    return Flags(owner, layout.ready) + source;
+  }
   __device__ uint32_t* IdsFlag(int owner, int source, int block) const {
     return Flags(owner, layout.ids_flags) + source * layout.max_route_blocks + block;
   }

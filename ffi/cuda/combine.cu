@@ -16,7 +16,9 @@ constexpr int kWarpsPerSlot = kWarps / kSlotsPerChunk;
 constexpr int kWarpsPerToken = 4;
 constexpr int kTokensPerBlock = kWarps / kWarpsPerToken;
 
-__device__ int NumVectors(const MoEShape& shape) { return static_cast<int>(shape.row_bytes() / 16); }
+__device__ int NumVectors(const MoEShape& shape) {
+  return static_cast<int>(shape.row_bytes() / 16);
+}
 
 // The vectors of a row that one of several warps works on.
 struct Share {
@@ -41,14 +43,17 @@ struct SlotRows {
 
   __device__ SlotRows(const MoEShape& shape, const CombineParams& p, int source, int64_t slot) {
     const int lane = threadIdx.x % 32, per_slot = shape.rows_per_slot();
-    row = slot >= 0 && lane < per_slot ? p.tables.recv_rows[(source * p.num_tokens + slot) * per_slot + lane] : -1;
+    row = slot >= 0 && lane < per_slot
+              ? p.tables.recv_rows[(source * p.num_tokens + slot) * per_slot + lane]
+              : -1;
     weight = row < 0 ? 0.0f : p.row_weights == nullptr ? 1.0f : p.row_weights[row];
     lanes = __ballot_sync(kAllLanes, row >= 0);
   }
 
-  // Adds up to kUnroll vectors of each row, from vector `first` on and before `end`, two rows at a time to have more loads
-  // in flight. All lanes must call it together.
-  __device__ void AddTo(Sum<T> (&sum)[kUnroll][kPerVector<T>], const int4* y, int vectors, int first, int end) const {
+  // Adds up to kUnroll vectors of each row, from vector `first` on and before `end`, two rows at a
+  // time to have more loads in flight. All lanes must call it together.
+  __device__ void AddTo(Sum<T> (&sum)[kUnroll][kPerVector<T>], const int4* y, int vectors,
+                        int first, int end) const {
     for (unsigned rest = lanes; rest != 0;) {
       const int a = __ffs(rest) - 1;
       rest &= rest - 1;
@@ -57,7 +62,8 @@ struct SlotRows {
       rest &= rest - 1;
       const int4* row_a = y + static_cast<int64_t>(__shfl_sync(kAllLanes, row, a)) * vectors;
       const int4* row_b = y + static_cast<int64_t>(__shfl_sync(kAllLanes, row, b)) * vectors;
-      const Sum<T> weight_a = __shfl_sync(kAllLanes, weight, a), weight_b = __shfl_sync(kAllLanes, weight, b);
+      const Sum<T> weight_a = __shfl_sync(kAllLanes, weight, a),
+                   weight_b = __shfl_sync(kAllLanes, weight, b);
       int4 va[kUnroll], vb[kUnroll];
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u)
@@ -84,8 +90,8 @@ struct SlotRows {
 };
 
 template <typename T>
-__device__ void SendSlot(const MoEShape& shape, const Arena& arena, const CombineParams& p, uint32_t epoch, int source,
-                         int64_t slot) {
+__device__ void SendSlot(const MoEShape& shape, const Arena& arena, const CombineParams& p,
+                         uint32_t epoch, int source, int64_t slot) {
   const int lane = threadIdx.x % 32, vectors = NumVectors(shape);
   const Share share(vectors, kWarpsPerSlot);
   const SlotRows<T> rows(shape, p, source, slot);
@@ -104,7 +110,8 @@ __device__ void SendSlot(const MoEShape& shape, const Arena& arena, const Combin
 }
 
 template <typename T>
-__device__ void Send(const MoEShape& shape, const Arena& arena, const CombineParams& p, uint32_t epoch, int senders) {
+__device__ void Send(const MoEShape& shape, const Arena& arena, const CombineParams& p,
+                     uint32_t epoch, int senders) {
   const int peers = shape.num_ranks - 1;
   const int64_t chunks = CeilDiv(p.num_tokens, kSlotsPerChunk);
   for (int64_t task = blockIdx.x; task < chunks * peers; task += senders) {
@@ -122,15 +129,16 @@ __device__ void Send(const MoEShape& shape, const Arena& arena, const CombinePar
   }
 }
 
-// Waits until every rank's rows of tokens [first, last) are here; a thread per (token, rank), those with
-// the same flag together. To be called by the whole block. False if any is missing.
-__device__ bool WaitForTokens(const MoEShape& shape, const Arena& arena, const CombineParams& p, uint32_t epoch,
-                              int64_t first, int64_t last) {
+// Waits until every rank's rows of tokens [first, last) are here; a thread per (token, rank), those
+// with the same flag together. To be called by the whole block. False if any is missing.
+__device__ bool WaitForTokens(const MoEShape& shape, const Arena& arena, const CombineParams& p,
+                              uint32_t epoch, int64_t first, int64_t last) {
   bool arrived = true;
   const int64_t pairs = (last - first) * shape.num_ranks;
   for (int64_t i = threadIdx.x; i - threadIdx.x % 32 < pairs; i += kThreads) {
     const int rank = static_cast<int>(i % shape.num_ranks);
-    const int slot = i < pairs && rank != arena.rank ? p.tables.send_slots[first * shape.num_ranks + i] : -1;
+    const int slot =
+        i < pairs && rank != arena.rank ? p.tables.send_slots[first * shape.num_ranks + i] : -1;
     const uint32_t* flag = slot >= 0 ? arena.SlotFlag(arena.rank, rank, slot) : nullptr;
     const unsigned same = __match_any_sync(kAllLanes, reinterpret_cast<uintptr_t>(flag));
     if (flag != nullptr && threadIdx.x % 32 == __ffs(same) - 1)
@@ -139,12 +147,13 @@ __device__ bool WaitForTokens(const MoEShape& shape, const Arena& arena, const C
   return __syncthreads_and(arrived);
 }
 
-// Adds what ranks [0, R) returned for a token, in order and rounded to T as it crossed; this rank's own is
-// summed on the spot. Vectors `first` + 32 u of the row, before `end`, kUnroll of them at most.
+// Adds what ranks [0, R) returned for a token, in order and rounded to T as it crossed; this rank's
+// own is summed on the spot. Vectors `first` + 32 u of the row, before `end`, kUnroll of them at
+// most.
 template <typename T>
-__device__ void AddRanks(Sum<T> (&total)[kUnroll][kPerVector<T>], const MoEShape& shape, const Arena& arena,
-                         const CombineParams& p, uint32_t epoch, const int32_t* slots, const SlotRows<T>& own,
-                         int first, int end) {
+__device__ void AddRanks(Sum<T> (&total)[kUnroll][kPerVector<T>], const MoEShape& shape,
+                         const Arena& arena, const CombineParams& p, uint32_t epoch,
+                         const int32_t* slots, const SlotRows<T>& own, int first, int end) {
   const int vectors = NumVectors(shape);
   for (int rank = 0; rank < shape.num_ranks; ++rank) {
     const int slot = slots[rank];
@@ -167,8 +176,8 @@ __device__ void AddRanks(Sum<T> (&total)[kUnroll][kPerVector<T>], const MoEShape
 }
 
 template <typename T>
-__device__ void ReceiveToken(const MoEShape& shape, const Arena& arena, const CombineParams& p, uint32_t epoch,
-                             int64_t token) {
+__device__ void ReceiveToken(const MoEShape& shape, const Arena& arena, const CombineParams& p,
+                             uint32_t epoch, int64_t token) {
   const int lane = threadIdx.x % 32, vectors = NumVectors(shape), ranks = shape.num_ranks;
   const int32_t* slots = p.tables.send_slots + token * ranks;
   int4* out = static_cast<int4*>(p.out) + token * vectors;
@@ -191,8 +200,8 @@ __device__ void ReceiveToken(const MoEShape& shape, const Arena& arena, const Co
 }
 
 template <typename T>
-__device__ void Receive(const MoEShape& shape, const Arena& arena, const CombineParams& p, uint32_t epoch, int block,
-                        int blocks) {
+__device__ void Receive(const MoEShape& shape, const Arena& arena, const CombineParams& p,
+                        uint32_t epoch, int block, int blocks) {
   const int64_t stride = static_cast<int64_t>(blocks) * kTokensPerBlock;
   for (int64_t first = block * int64_t{kTokensPerBlock}; first < p.num_tokens; first += stride) {
     const int64_t last = min(first + kTokensPerBlock, p.num_tokens);
@@ -202,14 +211,16 @@ __device__ void Receive(const MoEShape& shape, const Arena& arena, const Combine
     if (arrived)
       ReceiveToken<T>(shape, arena, p, epoch, token);
     else
-      FillRow(static_cast<int4*>(p.out) + token * NumVectors(shape), NumVectors(shape), NaNs(shape.dtype));
+      FillRow(static_cast<int4*>(p.out) + token * NumVectors(shape), NumVectors(shape),
+              NaNs(shape.dtype));
   }
 }
 
 __device__ void FillNaN(const MoEShape& shape, const CombineParams& p) {
   const int vectors = NumVectors(shape), lane = threadIdx.x % 32;
   const int64_t warps = static_cast<int64_t>(gridDim.x) * kWarps;
-  for (int64_t token = blockIdx.x * int64_t{kWarps} + threadIdx.x / 32; token < p.num_tokens; token += warps) {
+  for (int64_t token = blockIdx.x * int64_t{kWarps} + threadIdx.x / 32; token < p.num_tokens;
+       token += warps) {
     FillRow(static_cast<int4*>(p.out) + token * vectors, vectors, NaNs(shape.dtype));
     if (p.row_scalars != nullptr && lane < shape.topk)
       p.token_scalars[token * shape.topk + lane] = __int_as_float(0x7fc00000);
@@ -217,9 +228,11 @@ __device__ void FillNaN(const MoEShape& shape, const CombineParams& p) {
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 1) CombineKernel(MoEShape shape, Arena arena, CombineParams p, int senders) {
+__global__ void __launch_bounds__(kThreads, 1)
+    CombineKernel(MoEShape shape, Arena arena, CombineParams p, int senders) {
   const uint32_t epoch = EnterEpoch(arena);
-  const int block = static_cast<int>(blockIdx.x) - senders, blocks = static_cast<int>(gridDim.x) - senders;
+  const int block = static_cast<int>(blockIdx.x) - senders,
+            blocks = static_cast<int>(gridDim.x) - senders;
   if (p.tables.status[kCode] != 0) {
     FillNaN(shape, p);
   } else if (block < 0) {
@@ -232,8 +245,8 @@ __global__ void __launch_bounds__(kThreads, 1) CombineKernel(MoEShape shape, Are
 
 }  // namespace
 
-cudaError_t LaunchCombine(const MoEShape& shape, const Arena& arena, const CombineParams& params, Blocks blocks,
-                          cudaStream_t stream) {
+cudaError_t LaunchCombine(const MoEShape& shape, const Arena& arena, const CombineParams& params,
+                          Blocks blocks, cudaStream_t stream) {
   VisitDType(shape.dtype, [&](auto* t) {
     CombineKernel<std::remove_pointer_t<decltype(t)>>
         <<<blocks.total, kThreads, 0, stream>>>(shape, arena, params, blocks.senders);

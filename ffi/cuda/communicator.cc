@@ -33,7 +33,8 @@ std::string Failed(const std::string& what, cudaError_t error) {
 
 std::string OutOfMemory(int64_t bytes, int32_t ordinal, cudaError_t error) {
   return Failed("cannot allocate " + std::to_string(bytes >> 20) + " MiB for the arena of GPU " +
-                    std::to_string(ordinal) + " beside what XLA has reserved (lower XLA_PYTHON_CLIENT_MEM_FRACTION, " +
+                    std::to_string(ordinal) +
+                    " beside what XLA has reserved (lower XLA_PYTHON_CLIENT_MEM_FRACTION, " +
                     "max_tokens_per_rank, or both)",
                 error);
 }
@@ -43,7 +44,8 @@ std::string OutOfMemory(int64_t bytes, int32_t ordinal, cudaError_t error) {
 Communicator::Communicator(CommunicatorSpec spec) : spec_(std::move(spec)), layout_(spec_.shape) {
   for (const Group& group : spec_.groups)
     for (const Member& member : group)
-      if (member.process == spec_.process) devices_[member.ordinal].place = FindPlace(spec_, member.ordinal);
+      if (member.process == spec_.process)
+        devices_[member.ordinal].place = FindPlace(spec_, member.ordinal);
 }
 
 Communicator::~Communicator() {
@@ -74,25 +76,31 @@ std::string Communicator::PrepareDevice(int32_t ordinal, Device& device) {
   if (error != cudaSuccess) return Failed("GPU " + std::to_string(ordinal), error);
   device.num_sms = properties.multiProcessorCount;
   if (spec_.shape.num_ranks > kMaxRanks)
-    return "at most " + std::to_string(kMaxRanks) + " ranks can share an axis, got " + std::to_string(spec_.shape.num_ranks);
+    return "at most " + std::to_string(kMaxRanks) + " ranks can share an axis, got " +
+           std::to_string(spec_.shape.num_ranks);
   if (properties.major < 9)
-    return "GPU " + std::to_string(ordinal) + " (" + properties.name + "): compute capability 9.0 or newer is needed, got " +
-           std::to_string(properties.major) + "." + std::to_string(properties.minor);
+    return "GPU " + std::to_string(ordinal) + " (" + properties.name +
+           "): compute capability 9.0 or newer is needed, got " + std::to_string(properties.major) +
+           "." + std::to_string(properties.minor);
   for (const auto load : {LoadRoute, LoadDispatch, LoadCombine})
     if (error = load(spec_.shape); error != cudaSuccess)
       return Failed("loading kernels on GPU " + std::to_string(ordinal) + " for " +
-                        std::to_string(spec_.shape.num_experts) + " experts", error);
+                        std::to_string(spec_.shape.num_experts) + " experts",
+                    error);
   if (error = cudaMalloc(&device.arena, layout_.bytes); error != cudaSuccess)
     return OutOfMemory(layout_.bytes, ordinal, error);
-  if (error = cudaMalloc(&device.bases, spec_.shape.num_ranks * sizeof(std::byte*)); error != cudaSuccess)
+  if (error = cudaMalloc(&device.bases, spec_.shape.num_ranks * sizeof(std::byte*));
+      error != cudaSuccess)
     return OutOfMemory(layout_.bytes, ordinal, error);
-  if (error = cudaHostAlloc(&device.error, sizeof(ErrorRecord), cudaHostAllocPortable | cudaHostAllocMapped);
+  if (error = cudaHostAlloc(&device.error, sizeof(ErrorRecord),
+                            cudaHostAllocPortable | cudaHostAllocMapped);
       error != cudaSuccess)
     return Failed("allocating host memory", error);
   *device.error = ErrorRecord{};
   device.host_bases.assign(spec_.shape.num_ranks, nullptr);
   // Flags and header start at 0; windows are written before they are read.
-  if (error = cudaMemset(device.arena, 0, layout_.ids); error == cudaSuccess) error = cudaDeviceSynchronize();
+  if (error = cudaMemset(device.arena, 0, layout_.ids); error == cudaSuccess)
+    error = cudaDeviceSynchronize();
   return Failed("clearing the arena of GPU " + std::to_string(ordinal), error);
 }
 
@@ -104,11 +112,13 @@ std::string Communicator::ConnectLocal(int32_t ordinal, Device& device) {
     const int32_t peer = group[rank].ordinal;
     device.host_bases[rank] = devices_.at(peer).arena;
     if (peer == ordinal) continue;
-    const std::string ranks = "ranks " + std::to_string(device.place.rank) + " and " + std::to_string(rank) + " (GPUs " +
-                              std::to_string(ordinal) + " and " + std::to_string(peer) + ")";
+    const std::string ranks = "ranks " + std::to_string(device.place.rank) + " and " +
+                              std::to_string(rank) + " (GPUs " + std::to_string(ordinal) + " and " +
+                              std::to_string(peer) + ")";
     int can_access = 0;
     cudaError_t error = cudaDeviceCanAccessPeer(&can_access, ordinal, peer);
-    if (error == cudaSuccess && can_access == 0) return "nothing connects " + ranks + ": no peer access between these GPUs";
+    if (error == cudaSuccess && can_access == 0)
+      return "nothing connects " + ranks + ": no peer access between these GPUs";
     if (error == cudaSuccess) error = cudaDeviceEnablePeerAccess(peer, 0);
     if (error == cudaErrorPeerAccessAlreadyEnabled) error = cudaSuccess, cudaGetLastError();
     if (error != cudaSuccess) return Failed("nothing connects " + ranks, error);
@@ -118,8 +128,9 @@ std::string Communicator::ConnectLocal(int32_t ordinal, Device& device) {
 
 std::string Communicator::UploadBases(int32_t ordinal, const Device& device) {
   ScopedDevice scope(ordinal);
-  return Failed("uploading peer addresses", cudaMemcpy(device.bases, device.host_bases.data(),
-                                                       device.host_bases.size() * sizeof(std::byte*), cudaMemcpyHostToDevice));
+  return Failed("uploading peer addresses",
+                cudaMemcpy(device.bases, device.host_bases.data(),
+                           device.host_bases.size() * sizeof(std::byte*), cudaMemcpyHostToDevice));
 }
 
 std::string Communicator::ExportHandles(std::vector<PeerHandle>* handles) const {
@@ -128,7 +139,8 @@ std::string Communicator::ExportHandles(std::vector<PeerHandle>* handles) const 
     PeerHandle& handle = handles->emplace_back();
     handle.place = device.place;
     const cudaError_t error = cudaIpcGetMemHandle(&handle.arena, device.arena);
-    if (error != cudaSuccess) return Failed("cudaIpcGetMemHandle on GPU " + std::to_string(ordinal), error);
+    if (error != cudaSuccess)
+      return Failed("cudaIpcGetMemHandle on GPU " + std::to_string(ordinal), error);
   }
   return "";
 }
@@ -139,10 +151,12 @@ std::string Communicator::Connect(const std::vector<PeerHandle>& handles) {
     for (const PeerHandle& handle : handles) {
       if (handle.place.group != device.place.group) continue;
       void* base = nullptr;
-      const cudaError_t error = cudaIpcOpenMemHandle(&base, handle.arena, cudaIpcMemLazyEnablePeerAccess);
+      const cudaError_t error =
+          cudaIpcOpenMemHandle(&base, handle.arena, cudaIpcMemLazyEnablePeerAccess);
       if (error != cudaSuccess)
-        return Failed("GPU " + std::to_string(ordinal) + " (rank " + std::to_string(device.place.rank) +
-                          ") cannot map the memory of rank " + std::to_string(handle.place.rank),
+        return Failed("GPU " + std::to_string(ordinal) + " (rank " +
+                          std::to_string(device.place.rank) + ") cannot map the memory of rank " +
+                          std::to_string(handle.place.rank),
                       error);
       device.opened.push_back(static_cast<std::byte*>(base));
       device.host_bases.at(handle.place.rank) = device.opened.back();
@@ -163,16 +177,22 @@ void Communicator::Disconnect() {
 }
 
 Arena Communicator::ArenaOf(const Device& device) const {
-  return {layout_, device.bases, device.arena, device.error, static_cast<uint64_t>(spec_.timeout_s * 1e9),
+  return {layout_,
+          device.bases,
+          device.arena,
+          device.error,
+          static_cast<uint64_t>(spec_.timeout_s * 1e9),
           device.place.rank};
 }
 
-Blocks Communicator::BlocksOf(const Device& device, const BlockCounts& chosen, double sender_share) const {
+Blocks Communicator::BlocksOf(const Device& device, const BlockCounts& chosen,
+                              double sender_share) const {
   if (chosen.senders > 0) return {chosen.senders + chosen.receivers, chosen.senders};
   const int total = spec_.num_sms > 0 ? std::min(spec_.num_sms, device.num_sms) : device.num_sms;
   if (spec_.shape.num_ranks == 1) return {total, 0};
   const int at_least_two = std::max(total, 2);
-  const int senders = std::clamp(static_cast<int>(at_least_two * sender_share), 1, at_least_two - 1);
+  const int senders =
+      std::clamp(static_cast<int>(at_least_two * sender_share), 1, at_least_two - 1);
   return {at_least_two, senders};
 }
 
@@ -181,16 +201,22 @@ std::string Communicator::Route(int32_t ordinal, const RouteParams& params, cuda
   return Failed("route", LaunchRoute(spec_.shape, ArenaOf(devices_.at(ordinal)), params, stream));
 }
 
-std::string Communicator::Dispatch(int32_t ordinal, const DispatchParams& params, cudaStream_t stream) {
+std::string Communicator::Dispatch(int32_t ordinal, const DispatchParams& params,
+                                   cudaStream_t stream) {
   ScopedDevice scope(ordinal);
   const Device& device = devices_.at(ordinal);
-  return Failed("dispatch", LaunchDispatch(spec_.shape, ArenaOf(device), params, BlocksOf(device, spec_.dispatch_blocks, kDispatchSenders), stream));
+  return Failed("dispatch",
+                LaunchDispatch(spec_.shape, ArenaOf(device), params,
+                               BlocksOf(device, spec_.dispatch_blocks, kDispatchSenders), stream));
 }
 
-std::string Communicator::Combine(int32_t ordinal, const CombineParams& params, cudaStream_t stream) {
+std::string Communicator::Combine(int32_t ordinal, const CombineParams& params,
+                                  cudaStream_t stream) {
   ScopedDevice scope(ordinal);
   const Device& device = devices_.at(ordinal);
-  return Failed("combine", LaunchCombine(spec_.shape, ArenaOf(device), params, BlocksOf(device, spec_.combine_blocks, kCombineSenders), stream));
+  return Failed("combine",
+                LaunchCombine(spec_.shape, ArenaOf(device), params,
+                              BlocksOf(device, spec_.combine_blocks, kCombineSenders), stream));
 }
 
 ErrorRecord Communicator::TakeError() {
@@ -200,7 +226,8 @@ ErrorRecord Communicator::TakeError() {
     const ErrorCode code = record->code;
     if (code == ErrorCode::kNone) continue;
     std::atomic_thread_fence(std::memory_order_acquire);
-    const ErrorRecord error{code, record->rank, record->peer, record->phase, record->expected, record->got};
+    const ErrorRecord error{code,          record->rank,     record->peer,
+                            record->phase, record->expected, record->got};
     if (first.code == ErrorCode::kNone || code == ErrorCode::kTimeout) first = error;
     if (code != ErrorCode::kTimeout) record->code = ErrorCode::kNone;
   }

@@ -15,8 +15,8 @@
 
 namespace jax_ep::cuda {
 
-// The arenas of this process's GPUs, connected to those of their groups. Methods that can fail return an
-// error text, empty on success.
+// The arenas of this process's GPUs, connected to those of their groups. Methods that can fail
+// return an error text, empty on success.
 class Communicator {
  public:
   explicit Communicator(CommunicatorSpec spec);
@@ -47,10 +47,10 @@ class Communicator {
   struct Device {
     Place place;
     std::byte* arena = nullptr;
-    std::byte** bases = nullptr;          // device memory, [R]
-    std::vector<std::byte*> host_bases;   // what `bases` holds
-    std::vector<std::byte*> opened;       // to be closed
-    ErrorRecord* error = nullptr;         // host memory
+    std::byte** bases = nullptr;         // device memory, [R]
+    std::vector<std::byte*> host_bases;  // what `bases` holds
+    std::vector<std::byte*> opened;      // to be closed
+    ErrorRecord* error = nullptr;        // host memory
     int num_sms = 0;
   };
 

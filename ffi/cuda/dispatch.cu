@@ -1,8 +1,8 @@
 // Dispatch: sending blocks write each token once into a fixed slot of every destination's window;
 // receiving blocks expand arrived slots, and this rank's own tokens, into their output rows.
 //
-// Sending blocks come first in the grid and wait for nobody, so receivers always have something to wait
-// for that is running or done.
+// Sending blocks come first in the grid and wait for nobody, so receivers always have something to
+// wait for that is running or done.
 #include "cuda/ops.h"
 #include "cuda/rows.cuh"
 #include "cuda/sync.cuh"
@@ -12,11 +12,14 @@ namespace {
 
 constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / 32;
-// Slots that a block sends before it fences once and raises the flags of their chunks; its warps share them.
+// Slots that a block sends before it fences once and raises the flags of their chunks; its warps
+// share them.
 constexpr int kSlotsPerSend = 16;
 constexpr int kWarpsPerRow = kWarps / kSlotsPerSend;
 
-__device__ int NumVectors(const MoEShape& shape) { return static_cast<int>(shape.row_bytes() / 16); }
+__device__ int NumVectors(const MoEShape& shape) {
+  return static_cast<int>(shape.row_bytes() / 16);
+}
 
 __device__ void CopyVectors(int4* to, const int4* from, int begin, int end) {
   for (int first = begin + threadIdx.x % 32; first < end; first += 32 * kUnroll) {
@@ -38,7 +41,8 @@ struct SendTask {
   int count;  // slots of the destination
   int token;  // in `slot`, if that is less than `count`
 
-  __device__ SendTask(const MoEShape& shape, const Arena& arena, const DispatchParams& p, int task) {
+  __device__ SendTask(const MoEShape& shape, const Arena& arena, const DispatchParams& p,
+                      int task) {
     const int peers = shape.num_ranks - 1;
     // Every rank starts with another peer, so that no link is everybody's first.
     peer = (arena.rank + 1 + static_cast<int>(task % peers)) % shape.num_ranks;
@@ -49,8 +53,10 @@ struct SendTask {
   }
 };
 
-__device__ void Send(const MoEShape& shape, const Arena& arena, const DispatchParams& p, uint32_t epoch, int senders) {
-  const int vectors = NumVectors(shape), lane = threadIdx.x % 32, part = threadIdx.x / 32 % kWarpsPerRow;
+__device__ void Send(const MoEShape& shape, const Arena& arena, const DispatchParams& p,
+                     uint32_t epoch, int senders) {
+  const int vectors = NumVectors(shape), lane = threadIdx.x % 32,
+            part = threadIdx.x / 32 % kWarpsPerRow;
   const int vectors_per_part = static_cast<int>(CeilDiv(vectors, kWarpsPerRow));
   const int begin = part * vectors_per_part, end = min(begin + vectors_per_part, vectors);
   const int tasks = static_cast<int>(CeilDiv(p.num_tokens, kSlotsPerSend)) * (shape.num_ranks - 1);
@@ -65,7 +71,8 @@ __device__ void Send(const MoEShape& shape, const Arena& arena, const DispatchPa
       CopyVectors(arena.Row(epoch, now.peer, arena.rank, now.slot),
                   static_cast<const int4*>(p.x) + int64_t{now.token} * vectors, begin, end);
       if (p.weights != nullptr && part == 0 && lane < shape.topk)
-        arena.Scalars(epoch, now.peer, arena.rank, now.slot)[lane] = p.weights[int64_t{now.token} * shape.topk + lane];
+        arena.Scalars(epoch, now.peer, arena.rank, now.slot)[lane] =
+            p.weights[int64_t{now.token} * shape.topk + lane];
     }
     __syncthreads();
     const int chunk = now.first + threadIdx.x * kSlotsPerChunk;
@@ -85,7 +92,8 @@ __device__ void ExpandRow(int4* tokens, const int4* from, int vectors, int row, 
     for (int u = 0; u < kUnroll; ++u)
       if (first + 32 * u < vectors) v[u] = ptx::ld_no_allocate(from + first + 32 * u);
     for (unsigned rest = lanes; rest != 0; rest &= rest - 1) {
-      int4* to = tokens + static_cast<int64_t>(__shfl_sync(kAllLanes, row, __ffs(rest) - 1)) * vectors;
+      int4* to =
+          tokens + static_cast<int64_t>(__shfl_sync(kAllLanes, row, __ffs(rest) - 1)) * vectors;
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u)
         if (first + 32 * u < vectors) ptx::st_no_allocate(to + first + 32 * u, v[u]);
@@ -93,8 +101,8 @@ __device__ void ExpandRow(int4* tokens, const int4* from, int vectors, int row, 
   }
 }
 
-// The gradient of combine, for one output row: the arrived gradient times the row's weight, and its dot
-// product with the row of y. Lanes and vectors are added in fixed order.
+// The gradient of combine, for one output row: the arrived gradient times the row's weight, and its
+// dot product with the row of y. Lanes and vectors are added in fixed order.
 template <typename T>
 __device__ void ScaleRow(const DispatchParams& p, const int4* from, int vectors, int64_t row) {
   const int4* y = static_cast<const int4*>(p.y) + row * vectors;
@@ -118,7 +126,8 @@ __device__ void ScaleRow(const DispatchParams& p, const int4* from, int vectors,
       ptx::st_no_allocate(to + first + 32 * u, Pack<T>(scaled));
 #pragma unroll
       for (int i = 0; i < kPerVector<T>; ++i)
-        dot += Load(reinterpret_cast<const T*>(&g[u])[i]) * Load(reinterpret_cast<const T*>(&rows[u])[i]);
+        dot += Load(reinterpret_cast<const T*>(&g[u])[i]) *
+               Load(reinterpret_cast<const T*>(&rows[u])[i]);
     }
   }
   for (int step = 16; step > 0; step /= 2) dot += __shfl_xor_sync(kAllLanes, dot, step);
@@ -126,7 +135,8 @@ __device__ void ScaleRow(const DispatchParams& p, const int4* from, int vectors,
 }
 
 // Stores the weights that came with a slot beside its rows.
-__device__ void PlaceWeights(const MoEShape& shape, const DispatchParams& p, const float* weights, int row, unsigned lanes) {
+__device__ void PlaceWeights(const MoEShape& shape, const DispatchParams& p, const float* weights,
+                             int row, unsigned lanes) {
   const int lane = threadIdx.x % 32;
   if (p.weights == nullptr || lanes == 0) return;
   if (shape.layout == OutputLayout::kRankMajor) {
@@ -142,8 +152,8 @@ struct SlotSource {
   const int4* row;
   const float* weights;
 
-  __device__ SlotSource(const MoEShape& shape, const Arena& arena, const DispatchParams& p, uint32_t epoch, int source,
-                        int64_t slot) {
+  __device__ SlotSource(const MoEShape& shape, const Arena& arena, const DispatchParams& p,
+                        uint32_t epoch, int source, int64_t slot) {
     if (source == arena.rank) {
       const int64_t token = p.tables.send_tokens[source * p.num_tokens + slot];
       row = static_cast<const int4*>(p.x) + token * NumVectors(shape);
@@ -155,17 +165,18 @@ struct SlotSource {
   }
 };
 
-// One warp gives the rows of a slot what they are due, NaN if it never came. T is void where rows are
-// copied as bytes, and their element type where they are scaled.
+// One warp gives the rows of a slot what they are due, NaN if it never came. T is void where rows
+// are copied as bytes, and their element type where they are scaled.
 template <typename T>
-__device__ void ReceiveSlot(const MoEShape& shape, const DispatchParams& p, const SlotSource& from, int row,
-                            bool arrived) {
+__device__ void ReceiveSlot(const MoEShape& shape, const DispatchParams& p, const SlotSource& from,
+                            int row, bool arrived) {
   const int vectors = NumVectors(shape);
   int4* tokens = static_cast<int4*>(p.tokens);
   const unsigned lanes = __ballot_sync(kAllLanes, row >= 0);
   if (!arrived) {
     for (unsigned rest = lanes; rest != 0; rest &= rest - 1)
-      FillRow(tokens + int64_t{__shfl_sync(kAllLanes, row, __ffs(rest) - 1)} * vectors, vectors, NaNs(shape.dtype));
+      FillRow(tokens + int64_t{__shfl_sync(kAllLanes, row, __ffs(rest) - 1)} * vectors, vectors,
+              NaNs(shape.dtype));
   } else if constexpr (std::is_void_v<T>) {
     ExpandRow(tokens, from.row, vectors, row, lanes);
     PlaceWeights(shape, p, from.weights, row, lanes);
@@ -175,11 +186,11 @@ __device__ void ReceiveSlot(const MoEShape& shape, const DispatchParams& p, cons
   }
 }
 
-// One (source, kWarps slots) at a time, a warp per slot. One thread per chunk waits for all: flags polled
-// by every warp would slow down what they wait for.
+// One (source, kWarps slots) at a time, a warp per slot. One thread per chunk waits for all: flags
+// polled by every warp would slow down what they wait for.
 template <typename T>
-__device__ void Receive(const MoEShape& shape, const Arena& arena, const DispatchParams& p, uint32_t epoch, int block,
-                        int blocks) {
+__device__ void Receive(const MoEShape& shape, const Arena& arena, const DispatchParams& p,
+                        uint32_t epoch, int block, int blocks) {
   __shared__ bool arrived[kWarps / kSlotsPerChunk];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, per_slot = shape.rows_per_slot();
   const int64_t tasks_per_source = CeilDiv(p.num_tokens, kWarps);
@@ -195,8 +206,8 @@ __device__ void Receive(const MoEShape& shape, const Arena& arena, const Dispatc
     if (source != arena.rank) {
       const int64_t waited_for = first + threadIdx.x * kSlotsPerChunk;
       if (threadIdx.x < kWarps / kSlotsPerChunk && waited_for < count)
-        arrived[threadIdx.x] =
-            Wait(arena, arena.SlotFlag(arena.rank, source, waited_for), epoch, source, Phase::kDispatch);
+        arrived[threadIdx.x] = Wait(arena, arena.SlotFlag(arena.rank, source, waited_for), epoch,
+                                    source, Phase::kDispatch);
       __syncthreads();
     }
     if (slot < count)
@@ -207,8 +218,8 @@ __device__ void Receive(const MoEShape& shape, const Arena& arena, const Dispatc
 }
 
 // Fills rows [begin, end), a warp per row, and what belongs to them in row_scalars.
-__device__ void FillRows(const MoEShape& shape, const DispatchParams& p, int64_t begin, int64_t end, int block,
-                         int blocks, const int4& value, float scalar) {
+__device__ void FillRows(const MoEShape& shape, const DispatchParams& p, int64_t begin, int64_t end,
+                         int block, int blocks, const int4& value, float scalar) {
   const int vectors = NumVectors(shape), per_row = p.y != nullptr ? 1 : shape.weights_per_row();
   const int64_t warp = static_cast<int64_t>(block) * kWarps + threadIdx.x / 32;
   for (int64_t row = begin + warp; row < end; row += static_cast<int64_t>(blocks) * kWarps) {
@@ -218,24 +229,28 @@ __device__ void FillRows(const MoEShape& shape, const DispatchParams& p, int64_t
   }
 }
 
-// Rows that hold no token: between the end of each group and the start of the next, and at the very end.
+// Rows that hold no token: between the end of each group and the start of the next, and at the very
+// end.
 __device__ void FillPadding(const MoEShape& shape, const DispatchParams& p, int block, int blocks) {
   const int groups = shape.num_row_groups();
   const int4 zero = make_int4(0, 0, 0, 0);
   if (shape.layout == OutputLayout::kFlat && shape.expert_alignment > 1)
     for (int group = block; group < groups; group += blocks)
-      FillRows(shape, p, p.tables.group_offsets[group] + p.tables.group_counts[group], p.tables.group_offsets[group + 1],
-               0, 1, zero, 0.0f);
+      FillRows(shape, p, p.tables.group_offsets[group] + p.tables.group_counts[group],
+               p.tables.group_offsets[group + 1], 0, 1, zero, 0.0f);
   FillRows(shape, p, p.tables.group_offsets[groups], shape.capacity, block, blocks, zero, 0.0f);
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 1) DispatchKernel(MoEShape shape, Arena arena, DispatchParams p, int senders) {
+__global__ void __launch_bounds__(kThreads, 1)
+    DispatchKernel(MoEShape shape, Arena arena, DispatchParams p, int senders) {
   const uint32_t epoch = EnterEpoch(arena);
-  const int block = static_cast<int>(blockIdx.x) - senders, blocks = static_cast<int>(gridDim.x) - senders;
+  const int block = static_cast<int>(blockIdx.x) - senders,
+            blocks = static_cast<int>(gridDim.x) - senders;
   if (p.tables.status[kCode] != 0) {
     // Every rank knows, so nobody sends.
-    FillRows(shape, p, 0, shape.capacity, blockIdx.x, gridDim.x, NaNs(shape.dtype), __int_as_float(0x7fc00000));
+    FillRows(shape, p, 0, shape.capacity, blockIdx.x, gridDim.x, NaNs(shape.dtype),
+             __int_as_float(0x7fc00000));
   } else if (block < 0) {
     Send(shape, arena, p, epoch, senders);
   } else {
@@ -247,15 +262,16 @@ __global__ void __launch_bounds__(kThreads, 1) DispatchKernel(MoEShape shape, Ar
 
 }  // namespace
 
-cudaError_t LaunchDispatch(const MoEShape& shape, const Arena& arena, const DispatchParams& params, Blocks blocks,
-                           cudaStream_t stream) {
+cudaError_t LaunchDispatch(const MoEShape& shape, const Arena& arena, const DispatchParams& params,
+                           Blocks blocks, cudaStream_t stream) {
   const auto launch = [&](auto* kernel) {
     kernel<<<blocks.total, kThreads, 0, stream>>>(shape, arena, params, blocks.senders);
   };
   if (params.y == nullptr)
     launch(DispatchKernel<void>);
   else
-    VisitDType(shape.dtype, [&](auto* t) { launch(DispatchKernel<std::remove_pointer_t<decltype(t)>>); });
+    VisitDType(shape.dtype,
+               [&](auto* t) { launch(DispatchKernel<std::remove_pointer_t<decltype(t)>>); });
   return cudaGetLastError();
 }
 

@@ -1,5 +1,5 @@
-// Launchers of the three ops. Kernels only: no allocation, no synchronisation, nothing computed on the
-// host that differs between calls, so that a captured launch can be replayed.
+// Launchers of the three ops. Kernels only: no allocation, no synchronisation, nothing computed on
+// the host that differs between calls, so that a captured launch can be replayed.
 #ifndef JAX_EP_CUDA_OPS_H_
 #define JAX_EP_CUDA_OPS_H_
 
@@ -16,11 +16,12 @@ struct Blocks {
   int senders;
 };
 
-cudaError_t LaunchRoute(const MoEShape& shape, const Arena& arena, const RouteParams& params, cudaStream_t stream);
-cudaError_t LaunchDispatch(const MoEShape& shape, const Arena& arena, const DispatchParams& params, Blocks blocks,
-                           cudaStream_t stream);
-cudaError_t LaunchCombine(const MoEShape& shape, const Arena& arena, const CombineParams& params, Blocks blocks,
-                          cudaStream_t stream);
+cudaError_t LaunchRoute(const MoEShape& shape, const Arena& arena, const RouteParams& params,
+                        cudaStream_t stream);
+cudaError_t LaunchDispatch(const MoEShape& shape, const Arena& arena, const DispatchParams& params,
+                           Blocks blocks, cudaStream_t stream);
+cudaError_t LaunchCombine(const MoEShape& shape, const Arena& arena, const CombineParams& params,
+                          Blocks blocks, cudaStream_t stream);
 
 // Loads the kernels on the current device, so that none is first loaded while a peer waits.
 cudaError_t LoadRoute(const MoEShape& shape);

@@ -6,8 +6,8 @@
 
 namespace jax_ep::cuda::ptx {
 
-// Makes all writes that this thread has observed, its own and those of threads it synchronised with,
-// visible to whoever acquires `value` from `at`, on any GPU or the host.
+// Makes all writes that this thread has observed, its own and those of threads it synchronised
+// with, visible to whoever acquires `value` from `at`, on any GPU or the host.
 __device__ __forceinline__ void st_release_sys(uint32_t* at, uint32_t value) {
   asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(at), "r"(value) : "memory");
 }
@@ -26,7 +26,9 @@ __device__ __forceinline__ uint32_t ld_volatile(const uint32_t* at) {
 }
 
 // Orders all earlier writes of this thread, and those it synchronised with, before its later ones.
-__device__ __forceinline__ void fence_acq_rel_sys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
+__device__ __forceinline__ void fence_acq_rel_sys() {
+  asm volatile("fence.acq_rel.sys;" ::: "memory");
+}
 
 // A streaming load of data that nobody writes while the kernel runs.
 __device__ __forceinline__ int4 ld_nc_no_allocate(const int4* at) {
@@ -48,8 +50,8 @@ __device__ __forceinline__ int4 ld_no_allocate(const int4* at) {
 }
 
 __device__ __forceinline__ void st_no_allocate(int4* at, const int4& v) {
-  asm volatile("st.global.L1::no_allocate.v4.s32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(v.x), "r"(v.y),
-               "r"(v.z), "r"(v.w)
+  asm volatile("st.global.L1::no_allocate.v4.s32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(v.x),
+               "r"(v.y), "r"(v.z), "r"(v.w)
                : "memory");
 }
 

@@ -34,7 +34,8 @@ __device__ __forceinline__ void Round(float x, __nv_bfloat16& out) { out = __flo
 
 // sum += weight * v, element by element.
 template <typename T>
-__device__ __forceinline__ void AddScaled(Sum<T> (&sum)[kPerVector<T>], const int4& v, Sum<T> weight) {
+__device__ __forceinline__ void AddScaled(Sum<T> (&sum)[kPerVector<T>], const int4& v,
+                                          Sum<T> weight) {
   const T* elements = reinterpret_cast<const T*>(&v);
 #pragma unroll
   for (int i = 0; i < kPerVector<T>; ++i) sum[i] += weight * Load(elements[i]);

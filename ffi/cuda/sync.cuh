@@ -14,8 +14,8 @@ __device__ __forceinline__ bool Reached(uint32_t flag, uint32_t epoch) {
   return static_cast<int32_t>(flag - epoch) >= 0;
 }
 
-// Tells the host. The first report stays until the host has taken it; `code` is written last, so that a
-// host that sees it sees the rest.
+// Tells the host. The first report stays until the host has taken it; `code` is written last, so
+// that a host that sees it sees the rest.
 __device__ inline void Report(const Arena& arena, const ErrorRecord& error) {
   volatile ErrorRecord* record = arena.error;
   if (record->code != ErrorCode::kNone && error.code != ErrorCode::kTimeout) return;
@@ -29,9 +29,11 @@ __device__ inline void Report(const Arena& arena, const ErrorRecord& error) {
   ptx::fence_acq_rel_sys();
 }
 
-// Waits until `flag`, set by `peer`, has reached `epoch`. Then this thread, and threads it synchronises
-// with, see what the peer wrote before. False if the peer did not come in time, now or earlier.
-__device__ inline bool Wait(const Arena& arena, const uint32_t* flag, uint32_t epoch, int peer, Phase phase) {
+// Waits until `flag`, set by `peer`, has reached `epoch`. Then this thread, and threads it
+// synchronises with, see what the peer wrote before. False if the peer did not come in time, now or
+// earlier.
+__device__ inline bool Wait(const Arena& arena, const uint32_t* flag, uint32_t epoch, int peer,
+                            Phase phase) {
   constexpr uint32_t kSpinsPerClock = 256;
   uint32_t seen = ptx::ld_acquire_sys(flag);
   if (Reached(seen, epoch)) return true;
@@ -59,9 +61,9 @@ __device__ inline uint32_t EnterEpoch(const Arena& arena) {
   return epoch;
 }
 
-// Ends an exchange; to be called by all threads of all blocks. The last block to come waits until every
-// peer has entered, without which the next epoch could overrun a slow one, and moves the epoch on. True in
-// that block, which then sees what all others wrote.
+// Ends an exchange; to be called by all threads of all blocks. The last block to come waits until
+// every peer has entered, without which the next epoch could overrun a slow one, and moves the
+// epoch on. True in that block, which then sees what all others wrote.
 __device__ inline bool LeaveEpoch(const Arena& arena, uint32_t epoch, Phase phase) {
   __shared__ bool is_last;
   __syncthreads();

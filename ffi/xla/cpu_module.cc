@@ -67,10 +67,8 @@ template <typename Params, typename... Buffers>
 ffi::Future Submit(ffi::ErrorOr<Params> (*parse)(const MoEShape&, Buffers...), int32_t ordinal,
                    ffi::RunId run, CallSite* site, int64_t comm, Buffers... buffers) {
   const auto communicator = cpu::Find(comm);
-  if (communicator == nullptr)
-    return Failed(Destroyed());
-  if (FindPlace(communicator->spec(), ordinal).rank < 0)
-    return Failed(NotAMember(ordinal));
+  if (communicator == nullptr) return Failed(Destroyed());
+  if (FindPlace(communicator->spec(), ordinal).rank < 0) return Failed(NotAMember(ordinal));
   ffi::ErrorOr<Params> params = parse(communicator->spec().shape, buffers...);
   if (params.has_error()) return Failed(params.error());
   const auto promise = std::make_shared<ffi::Promise>();

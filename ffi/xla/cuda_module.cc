@@ -14,12 +14,14 @@ namespace {
 
 using Communicators = Registry<cuda::Communicator>;
 
-auto BindCall() { return ffi::Ffi::Bind().Ctx<ffi::DeviceOrdinal>().Ctx<ffi::PlatformStream<cudaStream_t>>(); }
+auto BindCall() {
+  return ffi::Ffi::Bind().Ctx<ffi::DeviceOrdinal>().Ctx<ffi::PlatformStream<cudaStream_t>>();
+}
 
 template <typename Params, typename... Buffers>
 ffi::Error Launch(ffi::ErrorOr<Params> (*parse)(const MoEShape&, Buffers...),
-                  std::string (cuda::Communicator::*op)(int32_t, const Params&, cudaStream_t), int32_t ordinal,
-                  cudaStream_t stream, int64_t comm, Buffers... buffers) {
+                  std::string (cuda::Communicator::*op)(int32_t, const Params&, cudaStream_t),
+                  int32_t ordinal, cudaStream_t stream, int64_t comm, Buffers... buffers) {
   const auto communicator = Communicators::Get().Find(comm);
   if (communicator == nullptr) return Destroyed();
   if (FindPlace(communicator->spec(), ordinal).rank < 0) return NotAMember(ordinal);
@@ -30,27 +32,32 @@ ffi::Error Launch(ffi::ErrorOr<Params> (*parse)(const MoEShape&, Buffers...),
 }
 
 ffi::Error Route(int32_t ordinal, cudaStream_t stream, int64_t comm, Ints topk_ids, IntsOut tables,
-                 IntsOut num_tokens_per_expert, IntsOut offsets, IntsOut num_dropped, IntsOut recv_topk_ids) {
+                 IntsOut num_tokens_per_expert, IntsOut offsets, IntsOut num_dropped,
+                 IntsOut recv_topk_ids) {
   return Launch(ParseRoute, &cuda::Communicator::Route, ordinal, stream, comm, topk_ids, tables,
                 num_tokens_per_expert, offsets, num_dropped, recv_topk_ids);
 }
 
-ffi::Error Dispatch(int32_t ordinal, cudaStream_t stream, int64_t comm, ffi::AnyBuffer x, Floats weights, Ints tables,
-                    ffi::AnyBuffer y, Floats row_weights, AnyOut tokens, FloatsOut row_scalars) {
-  return Launch(ParseDispatch, &cuda::Communicator::Dispatch, ordinal, stream, comm, x, weights, tables, y,
-                row_weights, tokens, row_scalars);
+ffi::Error Dispatch(int32_t ordinal, cudaStream_t stream, int64_t comm, ffi::AnyBuffer x,
+                    Floats weights, Ints tables, ffi::AnyBuffer y, Floats row_weights,
+                    AnyOut tokens, FloatsOut row_scalars) {
+  return Launch(ParseDispatch, &cuda::Communicator::Dispatch, ordinal, stream, comm, x, weights,
+                tables, y, row_weights, tokens, row_scalars);
 }
 
-ffi::Error Combine(int32_t ordinal, cudaStream_t stream, int64_t comm, ffi::AnyBuffer y, Floats row_weights,
-                   Floats row_scalars, Ints tables, AnyOut out, FloatsOut token_scalars) {
-  return Launch(ParseCombine, &cuda::Communicator::Combine, ordinal, stream, comm, y, row_weights, row_scalars,
-                tables, out, token_scalars);
+ffi::Error Combine(int32_t ordinal, cudaStream_t stream, int64_t comm, ffi::AnyBuffer y,
+                   Floats row_weights, Floats row_scalars, Ints tables, AnyOut out,
+                   FloatsOut token_scalars) {
+  return Launch(ParseCombine, &cuda::Communicator::Combine, ordinal, stream, comm, y, row_weights,
+                row_scalars, tables, out, token_scalars);
 }
 
 // A launch depends on nothing that the host computes per call, so it may be captured and replayed.
 XLA_FFI_DEFINE_HANDLER(kRoute, Route, BindRoute(BindCall()), {ffi::Traits::kCmdBufferCompatible});
-XLA_FFI_DEFINE_HANDLER(kDispatch, Dispatch, BindDispatch(BindCall()), {ffi::Traits::kCmdBufferCompatible});
-XLA_FFI_DEFINE_HANDLER(kCombine, Combine, BindCombine(BindCall()), {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(kDispatch, Dispatch, BindDispatch(BindCall()),
+                       {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(kCombine, Combine, BindCombine(BindCall()),
+                       {ffi::Traits::kCmdBufferCompatible});
 
 // The communicator as Python holds it; the registry holds it for the handlers.
 class PyCommunicator {

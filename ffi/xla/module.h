@@ -56,8 +56,8 @@ inline void BindSpecs(nb::module_& m) {
              Pair combine_blocks) {
             const BlockCounts dispatch{dispatch_blocks.first, dispatch_blocks.second};
             const BlockCounts combine{combine_blocks.first, combine_blocks.second};
-            new (self) CommunicatorSpec{id,        shape,   {},       process,
-                                        timeout_s, num_sms, dispatch, combine};
+            new (self)
+                CommunicatorSpec{id, shape, {}, process, timeout_s, num_sms, dispatch, combine};
             for (const auto& members : groups) {
               Group& group = self->groups.emplace_back();
               for (const auto& [member_process, ordinal] : members)

@@ -97,7 +97,7 @@ def _print(workload, traffic, measured, copies, implementations) -> None:
             line += [f"{reference * 1e6:.1f}", f"{reference / row.times.median:.1f}"]
         lines.append(line)
     print(report.format_table(header, lines))
-    print("\nus: median per call, chained inside one jitted program; spread: half the range of 7 repeats over the median.")
+    print("\nus: median per call, chained inside one jitted program; spread: half the repeats' range over the median.")
     print("copy us: a copy, in a program of the same kind, that reads and writes as many rows on every device.")
 
 

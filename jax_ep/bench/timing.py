@@ -13,7 +13,6 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jax_ep import _ffi
 
-
 # Calls in one program: more would take long to compile, fewer would not hide the time to start it.
 _MAX_CALLS = 32
 
@@ -58,7 +57,9 @@ def _chained(op: Callable, num_calls: int) -> Callable:
     return program
 
 
-def measure(op: Callable, mesh: Mesh, args, *, axis_name: str, seconds_per_run: float = 0.03, repeats: int = 7) -> Times:
+def measure(
+    op: Callable, mesh: Mesh, args, *, axis_name: str, seconds_per_run: float = 0.03, repeats: int = 5
+) -> Times:
     """Times `op(*args)`, mapped over `axis_name`; its first argument holds the arrays that change from call to
     call, see `_chained`."""
     spec = PartitionSpec(axis_name)
@@ -76,10 +77,12 @@ def measure(op: Callable, mesh: Mesh, args, *, axis_name: str, seconds_per_run: 
         touched = jax.block_until_ready(run(touched, *rest))
         return time.perf_counter() - start
 
-    once = program(1)
-    seconds(once)
-    per_call = min(seconds(once) for _ in range(3))
-    num_calls = max(1, min(_MAX_CALLS, round(seconds_per_run / per_call)))
-    run = program(num_calls)
+    run, num_calls = program(1), 1
     seconds(run)
+    per_call = seconds(run)
+    if per_call < seconds_per_run:
+        per_call = min(seconds(run) for _ in range(3))
+        num_calls = max(1, min(_MAX_CALLS, round(seconds_per_run / per_call)))
+        run = program(num_calls)
+        seconds(run)
     return Times(tuple(seconds(run) / num_calls for _ in range(repeats)))
