@@ -28,12 +28,18 @@ set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
 enable_language(CUDA)
 find_package(CUDAToolkit REQUIRED)
 
-nanobind_add_module(_cuda NB_STATIC
+add_library(jax_ep_cuda_ops STATIC
   ffi/common/error.cc
-  ffi/cuda/combine.cu ffi/cuda/communicator.cc ffi/cuda/dispatch.cu ffi/cuda/route.cu
-  ffi/xla/args.cc ffi/xla/cuda_module.cc)
-target_include_directories(_cuda PRIVATE ffi)
+  ffi/cuda/combine.cu ffi/cuda/communicator.cc ffi/cuda/dispatch.cu ffi/cuda/route.cu)
+target_include_directories(jax_ep_cuda_ops PUBLIC ffi)
+target_link_libraries(jax_ep_cuda_ops PUBLIC CUDA::cudart_static)
+target_compile_options(jax_ep_cuda_ops PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-lineinfo>)
+
+nanobind_add_module(_cuda NB_STATIC ffi/xla/args.cc ffi/xla/cuda_module.cc)
 target_include_directories(_cuda SYSTEM PRIVATE ${XLA_FFI_INCLUDE})
-target_link_libraries(_cuda PRIVATE CUDA::cudart_static)
-target_compile_options(_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-lineinfo>)
+target_link_libraries(_cuda PRIVATE jax_ep_cuda_ops)
 install(TARGETS _cuda LIBRARY DESTINATION jax_ep)
+
+# For compute-sanitizer: the kernels without Python or XLA around them.
+add_executable(cuda_ops_test EXCLUDE_FROM_ALL tests/cpp/cuda_ops_test.cc)
+target_link_libraries(cuda_ops_test PRIVATE jax_ep_cpu_ops jax_ep_cuda_ops)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs what needs GPUs: the shared suite on all of them, across processes and on one alone under compute-sanitizer.
+# Runs what needs GPUs: the shared suite on all of them and across processes, and the kernels under compute-sanitizer.
 #
 #   tests/on_gpus.sh [LOG_FOLDER]     with the package installed with CUDA, and pytest and hypothesis
 #
@@ -26,11 +26,12 @@ python3 -c 'import jax; print("jax", jax.__version__)'
 
 part "ops-$gpus-gpus" 400 python3 -m pytest -q --durations=10 tests/test_ops.py tests/test_errors.py
 part "processes-$gpus-gpus" 300 python3 -m pytest -q --durations=10 tests/test_processes.py
-# One GPU, a few tests that reach every kernel: a sanitizer makes them ten times slower.
-few='test_few_tokens or test_routing or test_drop or test_long_rows or test_unweighted or test_narrow_floats'
+# The kernels alone, on one GPU: a sanitizer makes them ten times slower, and does not survive XLA.
+build=build/cuda-ops-test
+part build-cuda-ops-test 300 sh -c "cmake -S . -B $build -DPython_EXECUTABLE=$(command -v python3) -DJAX_EP_CUDA=ON \
+  -DJAX_EP_CUDA_ARCHITECTURES=90 && cmake --build $build --parallel --target cuda_ops_test"
+part "cuda-ops-$gpus-gpus" 120 "$build/cuda_ops_test" 50
 for tool in memcheck racecheck; do
-  CUDA_VISIBLE_DEVICES=0 XLA_FLAGS=--xla_gpu_enable_command_buffer= part "$tool-1-gpu" 300 compute-sanitizer \
-    --tool "$tool" --target-processes all --error-exitcode 9 --kernel-regex kernel_substring=jax_ep \
-    python3 -m pytest -q -x tests/test_ops.py -k "$few"
+  CUDA_VISIBLE_DEVICES=0 part "$tool-1-gpu" 200 compute-sanitizer --tool "$tool" --error-exitcode 9 "$build/cuda_ops_test" 20
 done
 exit $failed

@@ -432,32 +432,4 @@ void Communicator::ComputeCombine(const Job& job, const RemoteRanks& remote) {
   }
 }
 
-namespace {
-std::mutex registry_mutex;
-std::map<int64_t, std::shared_ptr<Communicator>>& Registry() {
-  static auto* registry = new std::map<int64_t, std::shared_ptr<Communicator>>;
-  return *registry;
-}
-}  // namespace
-
-void Register(std::shared_ptr<Communicator> communicator) {
-  std::lock_guard<std::mutex> lock(registry_mutex);
-  Registry()[communicator->spec().id] = std::move(communicator);
-}
-
-void Unregister(int64_t id) {
-  std::shared_ptr<Communicator> last;  // destroyed after the lock is gone
-  std::lock_guard<std::mutex> lock(registry_mutex);
-  const auto it = Registry().find(id);
-  if (it == Registry().end()) return;
-  last = std::move(it->second);
-  Registry().erase(it);
-}
-
-std::shared_ptr<Communicator> Find(int64_t id) {
-  std::lock_guard<std::mutex> lock(registry_mutex);
-  const auto it = Registry().find(id);
-  return it == Registry().end() ? nullptr : it->second;
-}
-
 }  // namespace jax_ep::cpu

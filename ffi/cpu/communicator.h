@@ -109,11 +109,6 @@ class Communicator {
   std::thread watchdog_;
 };
 
-// Communicators by id, for handlers that know nothing but an attribute of their call.
-void Register(std::shared_ptr<Communicator> communicator);
-void Unregister(int64_t id);
-std::shared_ptr<Communicator> Find(int64_t id);
-
 }  // namespace jax_ep::cpu
 
 #endif  // JAX_EP_CPU_COMMUNICATOR_H_

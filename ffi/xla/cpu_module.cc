@@ -7,12 +7,15 @@
 #include <memory>
 #include <mutex>
 
+#include "common/registry.h"
 #include "cpu/communicator.h"
 #include "xla/args.h"
 #include "xla/module.h"
 
 namespace jax_ep::xla_ffi {
 namespace {
+
+using Communicators = Registry<cpu::Communicator>;
 
 // One call site of an op in one loaded program: XLA makes it once and shares it between the
 // devices. Devices reach their call sites in different orders, so arrivals are matched by (site,
@@ -46,7 +49,7 @@ ffi::TypeId CallSite::id = {};
 ffi::TypeInfo CallSite::info = ffi::MakeTypeInfo<CallSite>();
 
 ffi::ErrorOr<std::unique_ptr<CallSite>> MakeCallSite(int64_t comm) {
-  const auto communicator = cpu::Find(comm);
+  const auto communicator = Communicators::Get().Find(comm);
   return std::make_unique<CallSite>(communicator == nullptr ? -1 : communicator->NextSite());
 }
 XLA_FFI_DEFINE_HANDLER(kMakeCallSite, MakeCallSite,
@@ -66,7 +69,7 @@ ffi::Future Failed(ffi::Error error) {
 template <typename Params, typename... Buffers>
 ffi::Future Submit(ffi::ErrorOr<Params> (*parse)(const MoEShape&, Buffers...), int32_t ordinal,
                    ffi::RunId run, CallSite* site, int64_t comm, Buffers... buffers) {
-  const auto communicator = cpu::Find(comm);
+  const auto communicator = Communicators::Get().Find(comm);
   if (communicator == nullptr) return Failed(Destroyed());
   if (FindPlace(communicator->spec(), ordinal).rank < 0) return Failed(NotAMember(ordinal));
   ffi::ErrorOr<Params> params = parse(communicator->spec().shape, buffers...);
@@ -116,7 +119,7 @@ class PyCommunicator {
   PyCommunicator(const CommunicatorSpec& spec, bool across_processes)
       : communicator_(std::make_shared<cpu::Communicator>(spec)) {
     if (across_processes) ThrowIfError(communicator_->Prepare());
-    cpu::Register(communicator_);
+    Communicators::Get().Add(communicator_);
   }
   ~PyCommunicator() { Destroy(); }
 
@@ -137,7 +140,7 @@ class PyCommunicator {
   PyError TakeError() { return ToPython(communicator_->TakeError(), communicator_->spec()); }
   void Destroy() {
     if (communicator_ == nullptr) return;
-    cpu::Unregister(communicator_->spec().id);
+    Communicators::Get().Remove(communicator_->spec().id);
     communicator_.reset();
   }
 

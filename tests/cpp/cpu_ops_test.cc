@@ -23,6 +23,7 @@
 #include <memory>
 #include <thread>
 
+#include "common/registry.h"
 #include "cpu/communicator.h"
 #include "cpu/rows.h"
 #include "layer.h"
@@ -34,6 +35,7 @@ namespace jax_ep::test {
 namespace {
 
 using Clock = std::chrono::steady_clock;
+using Communicators = Registry<Communicator>;
 
 double SecondsSince(Clock::time_point start) {
   return std::chrono::duration<double>(Clock::now() - start).count();
@@ -236,8 +238,9 @@ int TestDestroyWithCallbacksOutstanding() {
 
 // As a handler does: finds a communicator by its id, and lets go of it in the callback.
 void UseRegistered(const Layer& layer, int64_t id, int64_t run_id) {
-  auto communicator = cpu::Find(id);
-  if (communicator == nullptr || communicator->spec().id != id || cpu::Find(-1) != nullptr)
+  auto communicator = Communicators::Get().Find(id);
+  if (communicator == nullptr || communicator->spec().id != id ||
+      Communicators::Get().Find(-1) != nullptr)
     Fail("registry");
   RankWalk walk(layer, 0);
   Answer answer;
@@ -248,9 +251,10 @@ void UseRegistered(const Layer& layer, int64_t id, int64_t run_id) {
                       held.reset();
                       answer.Set(error);
                     });
-  cpu::Unregister(id);
-  cpu::Unregister(id);
-  if (answer.Get().code != ErrorCode::kNone || cpu::Find(id) != nullptr) Fail("registry");
+  Communicators::Get().Remove(id);
+  Communicators::Get().Remove(id);
+  if (answer.Get().code != ErrorCode::kNone || Communicators::Get().Find(id) != nullptr)
+    Fail("registry");
 }
 
 // Communicators come and go, and callbacks drop the last reference.
@@ -263,7 +267,7 @@ int TestRegistry() {
       for (int64_t round = 0; round < kRounds; ++round) {
         CommunicatorSpec spec = LocalSpec(layer.shape);
         spec.id = id;
-        cpu::Register(std::make_shared<Communicator>(spec));
+        Communicators::Get().Add(std::make_shared<Communicator>(spec));
         UseRegistered(layer, id, round);
       }
     });

@@ -1,0 +1,188 @@
+// The CUDA ops against the oracle of the CPU ops' test, without Python or XLA in the process, so
+// that compute-sanitizer sees only our kernels. As many ranks as there are GPUs, at most 4, and
+// each smaller number.
+//
+//   cmake -S . -B build/cuda-test -DJAX_EP_CUDA=ON
+//   cmake --build build/cuda-test --target cuda_ops_test
+//   compute-sanitizer --tool memcheck build/cuda-test/cuda_ops_test 20
+//
+// The argument is the number of shapes per number of ranks.
+#include <cuda_runtime.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <variant>
+#include <vector>
+
+#include "cuda/communicator.h"
+#include "layer.h"
+#include "rounds.h"
+
+namespace jax_ep::test {
+namespace {
+
+void Check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) Fail("%s: %s", what, cudaGetErrorString(error));
+}
+
+// Device copies of one op's buffers, of exactly their size: what is written past an end is seen.
+class Mirror {
+ public:
+  Mirror() = default;
+  Mirror(const Mirror&) = delete;
+  ~Mirror() {
+    for (const Copy& copy : copies_) cudaFree(copy.device);
+  }
+
+  template <typename T>
+  T* operator()(T* host, int64_t bytes) {
+    if (host == nullptr || bytes == 0) return nullptr;
+    void* device = nullptr;
+    void* from = const_cast<void*>(static_cast<const void*>(host));
+    Check(cudaMalloc(&device, bytes), "cudaMalloc");
+    Check(cudaMemcpy(device, from, bytes, cudaMemcpyHostToDevice), "upload");
+    copies_.push_back({from, device, bytes, std::is_const_v<T>});
+    return static_cast<T*>(device);
+  }
+  void Download() {
+    for (const Copy& copy : copies_)
+      if (!copy.read_only)
+        Check(cudaMemcpy(copy.host, copy.device, copy.bytes, cudaMemcpyDeviceToHost), "download");
+  }
+
+ private:
+  struct Copy {
+    void* host;
+    void* device;
+    int64_t bytes;
+    bool read_only;
+  };
+  std::vector<Copy> copies_;
+};
+
+RouteTables OnDevice(const MoEShape& shape, int64_t tokens, const RouteTables& host,
+                     Mirror& mirror) {
+  const RouteTablesLayout layout(shape, tokens);
+  // The first table starts the buffer.
+  return layout.At(mirror(host.send_slots, layout.size * 4));
+}
+
+RouteParams OnDevice(const MoEShape& shape, RouteParams p, Mirror& mirror) {
+  p.topk_ids = mirror(p.topk_ids, p.num_tokens * shape.topk * 4);
+  p.tables = OnDevice(shape, p.num_tokens, p.tables, mirror);
+  p.num_tokens_per_expert = mirror(p.num_tokens_per_expert, shape.local_experts() * 4);
+  p.offsets = mirror(p.offsets, (shape.num_row_groups() + 1) * 4);
+  p.num_dropped = mirror(p.num_dropped, 4);
+  const bool rank_major = shape.layout == OutputLayout::kRankMajor;
+  p.recv_topk_ids = mirror(p.recv_topk_ids, rank_major ? shape.capacity * shape.topk * 4 : 0);
+  return p;
+}
+
+DispatchParams OnDevice(const MoEShape& shape, DispatchParams p, Mirror& mirror) {
+  const int64_t rows = shape.capacity, row_bytes = shape.row_bytes();
+  const int64_t scalars = p.y != nullptr ? 1 : shape.weights_per_row();
+  p.x = mirror(p.x, p.num_tokens * row_bytes);
+  p.weights = mirror(p.weights, p.num_tokens * shape.topk * 4);
+  p.tables = OnDevice(shape, p.num_tokens, p.tables, mirror);
+  p.y = mirror(p.y, rows * row_bytes);
+  p.row_weights = mirror(p.row_weights, rows * 4);
+  p.tokens = mirror(p.tokens, rows * row_bytes);
+  p.row_scalars = mirror(p.row_scalars, rows * scalars * 4);
+  return p;
+}
+
+CombineParams OnDevice(const MoEShape& shape, CombineParams p, Mirror& mirror) {
+  const int64_t rows = shape.capacity, row_bytes = shape.row_bytes();
+  p.y = mirror(p.y, rows * row_bytes);
+  p.row_weights = mirror(p.row_weights, rows * 4);
+  p.row_scalars = mirror(p.row_scalars, rows * shape.weights_per_row() * 4);
+  p.tables = OnDevice(shape, p.num_tokens, p.tables, mirror);
+  p.out = mirror(p.out, p.num_tokens * row_bytes);
+  p.token_scalars = mirror(p.token_scalars, p.num_tokens * shape.topk * 4);
+  return p;
+}
+
+std::string Launch(cuda::Communicator& communicator, int rank, const RouteParams& p) {
+  return communicator.Route(rank, p, nullptr);
+}
+std::string Launch(cuda::Communicator& communicator, int rank, const DispatchParams& p) {
+  return communicator.Dispatch(rank, p, nullptr);
+}
+std::string Launch(cuda::Communicator& communicator, int rank, const CombineParams& p) {
+  return communicator.Combine(rank, p, nullptr);
+}
+
+// One op of all ranks: all are started before any is waited for.
+void RunStep(cuda::Communicator& communicator, const MoEShape& shape,
+             std::vector<std::unique_ptr<RankWalk>>& walks, RankWalk::Step step) {
+  std::vector<cpu::OpParams> on_device;
+  std::vector<std::unique_ptr<Mirror>> mirrors;
+  for (int rank = 0; rank < shape.num_ranks; ++rank) {
+    Check(cudaSetDevice(rank), "cudaSetDevice");
+    mirrors.push_back(std::make_unique<Mirror>());
+    std::visit([&](const auto& p) { on_device.push_back(OnDevice(shape, p, *mirrors.back())); },
+               walks[rank]->Op(step));
+  }
+  for (int rank = 0; rank < shape.num_ranks; ++rank) {
+    const std::string error =
+        std::visit([&](const auto& p) { return Launch(communicator, rank, p); }, on_device[rank]);
+    if (!error.empty()) Fail("%s: %s", Describe(shape).c_str(), error.c_str());
+  }
+  for (int rank = 0; rank < shape.num_ranks; ++rank) {
+    Check(cudaSetDevice(rank), "cudaSetDevice");
+    Check(cudaDeviceSynchronize(), "an op");
+    mirrors[rank]->Download();
+  }
+}
+
+void RunLayer(cuda::Communicator& communicator, const Layer& layer) {
+  std::vector<std::unique_ptr<RankWalk>> walks;
+  for (int rank = 0; rank < layer.shape.num_ranks; ++rank)
+    walks.push_back(std::make_unique<RankWalk>(layer, rank));
+  for (int step = 0; step < RankWalk::kNumSteps; ++step)
+    RunStep(communicator, layer.shape, walks, static_cast<RankWalk::Step>(step));
+  for (const auto& walk : walks) walk->Check();
+  const ErrorRecord error = communicator.TakeError();
+  if (error.code != layer.error.code)
+    Fail("%s: error %d, expected %d", Describe(layer.shape).c_str(), static_cast<int>(error.code),
+         static_cast<int>(layer.error.code));
+}
+
+// Rows are multiples of 16 bytes here, over one warp's turn and over several.
+MoEShape DrawCudaShape(int ranks, Random& random) {
+  MoEShape shape = DrawShape(ranks, random);
+  shape.hidden_size = OneOf<int32_t>(random, {8, 24, 520, 2056});
+  if (Between(random, 0, 3) == 0) {
+    shape.max_tokens_per_rank = 300;  // more than one block routes
+    shape.capacity = int64_t{ranks} * 300 * shape.rows_per_slot() +
+                     shape.local_experts() * (shape.expert_alignment - 1);
+  }
+  return shape;
+}
+
+int Main(int shapes) {
+  int gpus = 0;
+  Check(cudaGetDeviceCount(&gpus), "cudaGetDeviceCount");
+  for (int ranks = 1; ranks <= std::min(gpus, 4); ++ranks) {
+    Random random(ranks);
+    for (int i = 0; i < shapes; ++i) {
+      const MoEShape shape = DrawCudaShape(ranks, random);
+      CommunicatorSpec spec;
+      spec.shape = shape;
+      spec.groups.emplace_back();
+      for (int rank = 0; rank < ranks; ++rank) spec.groups[0].push_back({0, rank});
+      cuda::Communicator communicator(spec);
+      if (const std::string error = communicator.Prepare(); !error.empty())
+        Fail("%s", error.c_str());
+      for (const Layer& layer : DrawLayers(shape, 3, random)) RunLayer(communicator, layer);
+    }
+    std::printf("%d ranks: %d passed\n", ranks, shapes);
+  }
+  return 0;
+}
+
+}  // namespace
+}  // namespace jax_ep::test
+
+int main(int argc, char** argv) { return jax_ep::test::Main(argc > 1 ? std::atoi(argv[1]) : 50); }
