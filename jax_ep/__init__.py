@@ -1,7 +1,6 @@
 """Expert-parallel MoE communication for JAX: dispatch tokens to their experts, combine what they return."""
 
-__version__ = "0.1.0"
-
+from jax_ep._version import __version__
 from jax_ep.communicator import MoECommunicator, MoECommunicatorConfig
 from jax_ep.types import (
     CapacityError,
@@ -15,6 +14,7 @@ from jax_ep.types import (
 )
 
 __all__ = [
+    "__version__",
     "CapacityError",
     "DispatchHandle",
     "DispatchLayout",

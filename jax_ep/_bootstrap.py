@@ -15,8 +15,8 @@ import jax
 import numpy as np
 from jax._src import distributed
 
-import jax_ep
 from jax_ep import _ffi
+from jax_ep._version import __version__
 
 _KEY = "jax_ep"
 _TEARDOWN_TIMEOUT_S = 10.0
@@ -81,7 +81,7 @@ class Connection:
         self.native = extension.Communicator(spec, across_processes=len(self._processes) > 1)
         try:
             if len(self._processes) > 1:
-                self._exchange(groups, f"jax_ep {jax_ep.__version__} {config}")
+                self._exchange(groups, f"jax_ep {__version__} {config}")
         except BaseException:
             self.native.destroy()
             raise
