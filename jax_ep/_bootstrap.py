@@ -168,6 +168,5 @@ def _connect(native, groups, me: int, process: int, their: dict) -> None:
         native.connect(process, bytes.fromhex(their["handle"]))
     except RuntimeError as error:
         raise RuntimeError(
-            f"MoECommunicator: nothing connects ranks {_ranks(groups, me)} (process {me}) and ranks "
-            f"{_ranks(groups, process)} (process {process}, pid {their['pid']}): {error}"
+            f"MoECommunicator: nothing connects {_names(groups, me, process)}, pid {their['pid']}: {error}"
         ) from error
