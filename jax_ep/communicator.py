@@ -26,6 +26,7 @@ from jax_ep.types import (
 
 _IMPLEMENTATIONS = ("cuda", "cpu", "reference")
 _PLATFORMS = {"cuda": "gpu", "cpu": "cpu"}
+_MAX_TIMEOUT_S = 1e6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -347,7 +348,13 @@ def _resolve(mesh, config: MoECommunicatorConfig) -> MoECommunicatorConfig:
     expect(isinstance(config.mode, MoEMode), "mode", "a MoEMode", repr(config.mode))
     expect(config.topk <= 32, "topk", "at most 32", config.topk)
     expect(config.overflow in ("error", "drop"), "overflow", '"error" or "drop"', repr(config.overflow))
-    expect(config.timeout_s > 0, "timeout_s", "seconds above 0", config.timeout_s)
+    # No wait is unbounded.
+    expect(
+        0 < config.timeout_s <= _MAX_TIMEOUT_S,
+        "timeout_s",
+        f"seconds above 0, up to {_MAX_TIMEOUT_S:g}",
+        config.timeout_s,
+    )
     dtype = jnp.dtype(config.dtype)
     expect(dtype.name in _ffi.DTYPES, "dtype", f"one of {sorted(_ffi.DTYPES)}", dtype.name)
     num_ranks = mesh.shape[config.axis_name]

@@ -15,6 +15,9 @@ struct Member {
                     // if unknown
 };
 
+// Some 30 years: what users mean by an infinite timeout, and still counted in nanoseconds.
+constexpr double kMaxTimeoutSeconds = 1e9;
+
 // The members of one expert-parallel group, by rank.
 using Group = std::vector<Member>;
 

@@ -27,9 +27,6 @@ int MaxLocalRanks(const CommunicatorSpec& spec) {
   return most;
 }
 
-// Some 30 years: what users mean by an infinite timeout, and still counted in nanoseconds.
-constexpr double kMaxTimeoutSeconds = 1e9;
-
 Clock::time_point DeadlineAfter(double timeout_s) {
   const std::chrono::duration<double> timeout(std::min(timeout_s, kMaxTimeoutSeconds));
   return Clock::now() + std::chrono::duration_cast<Clock::duration>(timeout);

@@ -181,7 +181,7 @@ Arena Communicator::ArenaOf(const Device& device) const {
           device.bases,
           device.arena,
           device.error,
-          static_cast<uint64_t>(spec_.timeout_s * 1e9),
+          static_cast<uint64_t>(std::min(spec_.timeout_s, kMaxTimeoutSeconds) * 1e9),
           device.place.rank};
 }
 
