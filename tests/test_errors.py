@@ -54,7 +54,7 @@ def comm(implementation, mesh, case):
         (ValueError, "expert_alignment", 0, "at least 1"),
         (ValueError, "num_sms", 0, "at least 1"),
         (ValueError, "timeout_s", 0, "above 0"),
-        (ValueError, "timeout_s", float("inf"), "inf"),
+        (ValueError, "timeout_s", float("inf"), "up to"),
         (ValueError, "overflow", "ignore", '"error" or "drop"'),
         (ValueError, "mode", "high_throughput", "a MoEMode"),
         (ValueError, "output_layout", "flat", "a DispatchLayout"),
