@@ -58,8 +58,10 @@ PROMPT = b"The expression "
 SAMPLE_TEMPERATURE = 0.5
 # The share of the unigram entropy under which the validation loss must end.
 GOAL = 0.75
-# How far one step may be from the reference's, relative to the loss and to the update.
-TOLERANCE = {"float32": 1e-2, "bfloat16": 0.1}
+# How far one step may be from the reference's, relative to the loss and to the update. GPUs multiply float32
+# matrices with shorter mantissas, and add up gradients in no fixed order.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
+GPU_TOLERANCE = {"float32": 1e-2, "bfloat16": 0.1}
 
 
 # ---- The model ----
@@ -286,7 +288,8 @@ def check_against_reference(trainer: Trainer, reference: Trainer, batch: jax.Arr
         f"loss {loss:.6f}, differs by {loss_difference:.1e}; updated parameters differ by at most {largest:.1e}, "
         f"in norm by {relative:.1e} of the update"
     )
-    tolerance = TOLERANCE[trainer.comm.config.dtype]
+    on_gpu = trainer.comm.mesh.devices.flat[0].platform == "gpu"
+    tolerance = (GPU_TOLERANCE if on_gpu else TOLERANCE)[trainer.comm.config.dtype]
     # In norm, since Adam turns even a gradient that is rounding noise into a whole step.
     if not (loss_difference <= tolerance * float(expected_loss) and relative <= tolerance):
         sys.exit(f"One step is not what the reference implementation makes of it: {report}.")
