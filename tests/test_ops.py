@@ -74,8 +74,6 @@ def test_float64(implementation, layout):
 @pytest.mark.parametrize("num_tokens", [0, 1])
 @LAYOUTS
 def test_few_tokens(implementation, num_tokens, layout):
-    if implementation == "cuda" and num_tokens == 0:
-        pytest.skip("jaxlib 0.11.2 crashes while it compiles this for GPUs, see docs/testing.md")
     suite.check_case(implementation, small_case(implementation, num_tokens=num_tokens, layout=layout, topk=3))
 
 
