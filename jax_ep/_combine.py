@@ -36,7 +36,7 @@ def _backward(spec, num_tokens, residuals, gradient):
     del num_tokens
     routing, weighted = residuals
     if weighted is None:
-        return _ffi.dispatch(spec, gradient, None, routing)[0], None, None
+        return _ffi.dispatch_cached(spec, gradient, None, routing)[0], None, None
     y_gradient, weight_gradient = _ffi.dispatch_scaled(spec, gradient, routing, *weighted)
     return y_gradient, weight_gradient, None
 

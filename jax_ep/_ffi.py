@@ -80,9 +80,9 @@ def _call(name: str, spec, results, *operands):
     return jax.ffi.ffi_call(name, results)(*operands, comm=np.int64(spec.communicator_id))
 
 
-def route(spec, topk_ids):
-    """`topk_ids` [T, K] -> tables [N], num_tokens_per_expert [L], offsets [G + 1], num_dropped [],
-    recv_topk_ids [C, K] (RANK_MAJOR) or [0, K]."""
+def dispatch(spec, x, weights, topk_ids):
+    """`x` [T, H], `weights` [T, K] or None, `topk_ids` [T, K] -> (tables [N], num_tokens_per_expert [L],
+    offsets [G + 1], num_dropped [], recv_topk_ids [C, K] or None), and as `dispatch_cached`."""
     shape = spec.shape
     recv_rows = shape.capacity if shape.layout is DispatchLayout.RANK_MAJOR else 0
     sizes = [
@@ -92,18 +92,24 @@ def route(spec, topk_ids):
         (),
         (recv_rows, shape.topk),
     ]
-    return _call("jax_ep_route", spec, [_result(size, jnp.int32, topk_ids) for size in sizes], topk_ids)
-
-
-def dispatch(spec, x, weights, tables):
-    """`x` [T, H], `weights` [T, K] or None -> rows [C, H], their weights ([C], [C, K], or None)."""
-    shape = spec.shape
-    per_row = (shape.topk,) if shape.layout is DispatchLayout.RANK_MAJOR else ()
-    scalars = (0,) if weights is None else (shape.capacity, *per_row)
-    tokens, row_weights = _call(
+    *routed, recv_topk_ids, tokens, row_weights = _call(
         "jax_ep_dispatch",
         spec,
-        [_result((shape.capacity, shape.hidden_size), x.dtype, x), _result(scalars, jnp.float32, x)],
+        [*(_result(size, jnp.int32, topk_ids) for size in sizes), *_row_results(spec, x, weights)],
+        topk_ids,
+        x,
+        _absent(x) if weights is None else weights,
+    )
+    routed = (*routed, recv_topk_ids if recv_topk_ids.size else None)
+    return routed, (tokens, None if weights is None else row_weights)
+
+
+def dispatch_cached(spec, x, weights, tables):
+    """`x` [T, H], `weights` [T, K] or None -> rows [C, H], their weights ([C], [C, K], or None)."""
+    tokens, row_weights = _call(
+        "jax_ep_dispatch_cached",
+        spec,
+        _row_results(spec, x, weights),
         x,
         _absent(x) if weights is None else weights,
         tables,
@@ -113,12 +119,19 @@ def dispatch(spec, x, weights, tables):
     return tokens, None if weights is None else row_weights
 
 
+def _row_results(spec, x, weights):
+    shape = spec.shape
+    per_row = (shape.topk,) if shape.layout is DispatchLayout.RANK_MAJOR else ()
+    scalars = (0,) if weights is None else (shape.capacity, *per_row)
+    return [_result((shape.capacity, shape.hidden_size), x.dtype, x), _result(scalars, jnp.float32, x)]
+
+
 def dispatch_scaled(spec, g, tables, y, row_weights):
     """The gradient of a weighted combine: `g` [T, H], `y` [C, H], `row_weights` [C] -> each row's weight times
     its token's g [C, H], and the dot product of that g with the row's y [C]."""
     shape = spec.shape
     return _call(
-        "jax_ep_dispatch",
+        "jax_ep_dispatch_cached",
         spec,
         [_result((shape.capacity, shape.hidden_size), g.dtype, g), _result((shape.capacity,), jnp.float32, g)],
         g,

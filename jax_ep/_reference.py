@@ -15,9 +15,9 @@ from jax_ep.types import DispatchLayout, ErrorCode
 
 
 def route(spec, topk_ids):
-    """See `_route.route`. Here `routing` is a dict: `rows` [R, T, M], the output row of each (source, token, k),
-    -1 where there is none; `sources` [C], the (source, token) of each output row, -1 for padding; `poison` [],
-    1, or NaN if the step is to be poisoned."""
+    """The integers of `_dispatch.dispatch`. Here `routing` is a dict: `rows` [R, T, M], the output row of each
+    (source, token, k), -1 where there is none; `sources` [C], the (source, token) of each output row, -1 for
+    padding; `poison` [], 1, or NaN if the step is to be poisoned."""
     shape = spec.shape
     rank = lax.axis_index(spec.axis_name)
     all_ids = lax.all_gather(topk_ids, spec.axis_name)  # [R, T, K]
@@ -102,8 +102,14 @@ def _take(rows, indices):
     return jnp.take(rows, jnp.maximum(indices, 0), axis=0)
 
 
-def dispatch(spec, x, weights, routing):
+def dispatch(spec, x, weights, topk_ids):
     """See `_dispatch.dispatch`."""
+    routed = route(spec, topk_ids)
+    return routed, dispatch_cached(spec, x, weights, routed[0])
+
+
+def dispatch_cached(spec, x, weights, routing):
+    """See `_dispatch.dispatch_cached`."""
     shape, sources, poison = spec.shape, routing["sources"], routing["poison"]
     is_token = sources >= 0
     all_x = lax.all_gather(x, spec.axis_name).reshape(-1, shape.hidden_size)
@@ -127,7 +133,7 @@ def combine(spec, y, row_weights, routing, num_tokens: int):
     shape, rows, poison = spec.shape, routing["rows"], routing["poison"]
     sum_dtype = jnp.float64 if y.dtype == jnp.float64 else jnp.float32
     partial = jnp.zeros((shape.num_ranks * num_tokens, shape.hidden_size), sum_dtype)
-    for k in range(shape.rows_per_slot):
+    for k in range(shape.rows_per_token):
         indices = rows[:, :, k].reshape(-1)
         values = _take(y, indices).astype(sum_dtype)
         if row_weights is not None:

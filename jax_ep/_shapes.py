@@ -29,8 +29,8 @@ class MoEShape:
         return self.num_experts // self.num_ranks
 
     @property
-    def rows_per_slot(self) -> int:
-        """Output rows that one (token, rank) expands into at most."""
+    def rows_per_token(self) -> int:
+        """Output rows that one token expands into on one rank at most."""
         return 1 if self.layout is DispatchLayout.RANK_MAJOR else self.topk
 
     @property

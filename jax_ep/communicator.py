@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_ep import _bootstrap, _combine, _dispatch, _ffi, _route, _shapes
+from jax_ep import _bootstrap, _combine, _dispatch, _ffi, _shapes
 from jax_ep._checks import expect, expect_array, expect_inside_shard_map, expect_int
 from jax_ep.types import (
     CapacityError,
@@ -204,31 +204,27 @@ class MoECommunicator:
             expect(topk_ids is None, "topk_ids", "None beside previous_handle", "an array")
             self._expect_own_handle("previous_handle", previous_handle)
             expect(previous_handle.num_tokens == num_tokens, "x", f"{previous_handle.num_tokens} tokens", num_tokens)
-            return self._move(x, weights, previous_handle)
+            x, weights = self._vary_alike(x, weights, previous_handle)
+            received = _dispatch.dispatch_cached(self._spec, x, weights, previous_handle.routing)
+            return _output_and_handle(previous_handle, *received)
         if topk_ids is None:
             raise ValueError("topk_ids: expected an array, or previous_handle, got neither")
         expect_array("topk_ids", topk_ids, (num_tokens, shape.topk), jnp.int32)
         topk_ids = _ffi.vary(_at_least_one_token(topk_ids, -1), {self.config.axis_name})
-        routing, num_tokens_per_expert, offsets, num_dropped, recv_topk_ids = _route.route(self._spec, topk_ids)
+        x, weights = self._vary_alike(x, weights, topk_ids)
+        routed, received = _dispatch.dispatch(self._spec, x, weights, topk_ids)
+        routing, num_tokens_per_expert, offsets, num_dropped, recv_topk_ids = routed
         layout = DispatchLayoutInfo(shape.layout, num_tokens_per_expert, offsets)
         handle = DispatchHandle(
             routing, None, layout, num_dropped, recv_topk_ids, num_tokens, self._spec.communicator_id
         )
-        return self._move(x, weights, handle)
+        return _output_and_handle(handle, *received)
 
-    def _move(self, x, weights, handle: DispatchHandle) -> tuple[DispatchOutput, DispatchHandle]:
-        axes = _ffi.varying_axes(x) | {self.config.axis_name} | _varying_axes(handle)
-        axes |= _varying_axes(weights)
+    def _vary_alike(self, x, weights, routed_by) -> tuple[jax.Array, jax.Array | None]:
+        """The two over the axes of all that they meet in an op."""
+        axes = _varying_axes((x, weights, routed_by)) | {self.config.axis_name}
         x = _ffi.vary(_at_least_one_token(x, 0), axes)
-        weights = None if weights is None else _ffi.vary(_at_least_one_token(weights, 0), axes)
-        tokens, row_weights = _dispatch.dispatch(self._spec, x, weights, handle.routing)
-        rank_major = handle.layout.kind is DispatchLayout.RANK_MAJOR
-        if row_weights is not None:
-            if rank_major:
-                row_weights = jnp.where(handle.topk_ids >= 0, row_weights, 0)
-            handle = dataclasses.replace(handle, row_weights=row_weights)
-        topk_weights = handle.row_weights if rank_major else None
-        return DispatchOutput(tokens, handle.layout, handle.num_dropped, handle.topk_ids, topk_weights), handle
+        return x, None if weights is None else _ffi.vary(_at_least_one_token(weights, 0), axes)
 
     def combine(self, y: jax.Array, handle: DispatchHandle) -> jax.Array:
         """Returns the experts' rows to their tokens and sums them. Call inside `jax.shard_map`.
@@ -317,6 +313,16 @@ class MoECommunicator:
             raise TypeError(f"{argument}: expected a DispatchHandle, got {type(handle).__name__}")
         mine = self._spec.communicator_id
         expect(handle.communicator_id == mine, argument, "a handle of this communicator", "another communicator's")
+
+
+def _output_and_handle(handle: DispatchHandle, tokens, row_weights) -> tuple[DispatchOutput, DispatchHandle]:
+    rank_major = handle.layout.kind is DispatchLayout.RANK_MAJOR
+    if row_weights is not None:
+        if rank_major:
+            row_weights = jnp.where(handle.topk_ids >= 0, row_weights, 0)
+        handle = dataclasses.replace(handle, row_weights=row_weights)
+    topk_weights = handle.row_weights if rank_major else None
+    return DispatchOutput(tokens, handle.layout, handle.num_dropped, handle.topk_ids, topk_weights), handle
 
 
 def _at_least_one_token(array, fill):

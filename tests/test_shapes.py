@@ -44,12 +44,12 @@ def test_align_up_is_the_next_multiple(n, alignment):
 
 def test_shape_of_flat():
     shape = moe_shape(FLAT)
-    assert (shape.num_local_experts, shape.rows_per_slot, shape.num_row_groups) == (8, 6, 8)
+    assert (shape.num_local_experts, shape.rows_per_token, shape.num_row_groups) == (8, 6, 8)
 
 
 def test_shape_of_rank_major():
     shape = moe_shape(RANK_MAJOR)
-    assert (shape.num_local_experts, shape.rows_per_slot, shape.num_row_groups) == (8, 1, 4)
+    assert (shape.num_local_experts, shape.rows_per_token, shape.num_row_groups) == (8, 1, 4)
 
 
 def test_capacity_without_padding_holds_all_rows_of_all_ranks():

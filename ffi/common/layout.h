@@ -37,8 +37,8 @@ struct MoEShape {
     return dtype == DType::kF64 ? 8 : dtype == DType::kF32 ? 4 : 2;
   }
   JAX_EP_HOST_DEVICE int64_t row_bytes() const { return hidden_size * element_bytes(); }
-  // Output rows that one (token, rank) slot expands into at most.
-  JAX_EP_HOST_DEVICE int32_t rows_per_slot() const {
+  // Output rows that one token expands into on one rank at most.
+  JAX_EP_HOST_DEVICE int32_t rows_per_token() const {
     return layout == OutputLayout::kRankMajor ? 1 : topk;
   }
   // Groups that the output rows are sorted by: local experts, or source ranks.
@@ -51,14 +51,15 @@ struct MoEShape {
   }
 };
 
-// The tables that routing leaves in a handle. A *slot* is one (token, destination rank): slot i of
-// (source s, destination d) is the i-th token of s, in token order, with an expert on d.
+// In the place of a row number: the (token, k) has no expert here, or its row is past the capacity.
+// A token whose rows are all dropped still takes part, with a sum of zero.
+enum NoRow : int32_t { kNotMine = -1, kDropped = -2 };
+
+// The tables that routing leaves in a handle. Nothing in them is numbered anew: what travels
+// between two ranks is addressed by the source's own token number on both sides.
 struct RouteTables {
-  int32_t* send_slots;     // [T, R] slot of my token t at rank d, or -1
-  int32_t* send_tokens;    // [R, T] my token in slot i at rank d, -1 past send_counts[d]
-  int32_t* send_counts;    // [R] slots I fill at rank d
-  int32_t* recv_rows;      // [R, T, rows_per_slot] my output row, -1 if not mine or dropped
-  int32_t* recv_counts;    // [R] slots that rank s fills at mine
+  int32_t* send_ranks;     // [T, K] ranks that my token t goes to, ascending, then -1
+  int32_t* recv_rows;      // [R, T, rows_per_token] my row of (source, token, k), or a NoRow
   int32_t* group_counts;   // [num_row_groups] rows that hold a token
   int32_t* group_offsets;  // [num_row_groups + 1] first row of each group; the last is the end
   int32_t* status;         // [kStatusSize] see StatusField
@@ -71,17 +72,12 @@ enum StatusField { kNumDropped = 0, kCode = 1, kRank = 2, kDetail = 3, kStatusSi
 // Packs RouteTables into one int32 buffer, so that a handle is one array and an op takes one
 // operand.
 struct RouteTablesLayout {
-  int64_t send_slots, send_tokens, send_counts, recv_rows, recv_counts;
-  int64_t group_counts, group_offsets, status, size;
+  int64_t send_ranks, recv_rows, group_counts, group_offsets, status, size;
 
   JAX_EP_HOST_DEVICE RouteTablesLayout(const MoEShape& shape, int64_t num_tokens) {
-    const int64_t ranks = shape.num_ranks;
     int64_t at = 0;
-    send_slots = at, at += num_tokens * ranks;
-    send_tokens = at, at += ranks * num_tokens;
-    send_counts = at, at += ranks;
-    recv_rows = at, at += ranks * num_tokens * shape.rows_per_slot();
-    recv_counts = at, at += ranks;
+    send_ranks = at, at += num_tokens * shape.topk;
+    recv_rows = at, at += shape.num_ranks * num_tokens * shape.rows_per_token();
     group_counts = at, at += shape.num_row_groups();
     group_offsets = at, at += shape.num_row_groups() + 1;
     status = at, at += kStatusSize;
@@ -89,8 +85,8 @@ struct RouteTablesLayout {
   }
 
   JAX_EP_HOST_DEVICE RouteTables At(int32_t* base) const {
-    return {base + send_slots,  base + send_tokens,  base + send_counts,   base + recv_rows,
-            base + recv_counts, base + group_counts, base + group_offsets, base + status};
+    return {base + send_ranks, base + recv_rows, base + group_counts, base + group_offsets,
+            base + status};
   }
 };
 

@@ -1,4 +1,4 @@
-// Parameters of the three ops, as one rank sees them. Pointers are that rank's own buffers.
+// Parameters of the ops, as one rank sees them. Pointers are that rank's own buffers.
 #ifndef JAX_EP_COMMON_OPS_H_
 #define JAX_EP_COMMON_OPS_H_
 
@@ -30,6 +30,13 @@ struct DispatchParams {
   const float* row_weights;  // [C] with y, else null
   void* tokens;              // [C, H] written
   float* row_scalars;  // [C, weights_per_row], or null: the weights, or with y the dot products
+};
+
+// A dispatch that makes its own routing: one exchange on GPUs, where payload need not wait for
+// tables.
+struct FreshDispatchParams {
+  RouteParams route;
+  DispatchParams dispatch;  // with the tables that `route` writes; never with y
 };
 
 // Sums the expert rows of every token back at its source.

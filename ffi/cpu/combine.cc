@@ -11,12 +11,12 @@ namespace {
 constexpr int64_t kTile = 1024;
 
 template <typename T>
-void SumRows(const MoEShape& shape, const CombineSource& from, int64_t slot, int64_t column,
+void SumRows(const MoEShape& shape, const CombineSource& from, int64_t token, int64_t column,
              int64_t n, Sum<T>* sum) {
   std::fill_n(sum, n, Sum<T>{0});
-  const int per_slot = shape.rows_per_slot();
-  for (int k = 0; k < per_slot; ++k) {
-    const int64_t row = from.recv_rows[slot * per_slot + k];
+  const int per_token = shape.rows_per_token();
+  for (int k = 0; k < per_token; ++k) {
+    const int64_t row = from.recv_rows[token * per_token + k];
     if (row < 0) continue;
     const float weight = from.row_weights == nullptr ? 1.0f : from.row_weights[row];
     AddScaled(sum, reinterpret_cast<const T*>(from.y) + row * shape.hidden_size + column, weight,
@@ -24,54 +24,64 @@ void SumRows(const MoEShape& shape, const CombineSource& from, int64_t slot, int
   }
 }
 
-// The scalars of one slot, each at its k. In kRankMajor the one row holds all of them.
-void GatherScalars(const MoEShape& shape, const CombineSource& from, int64_t slot, float* scalars) {
-  const int per_slot = shape.rows_per_slot(), topk = shape.topk;
+// Adds the scalars of one token, each at its k. In kRankMajor the one row holds all of them.
+void GatherScalars(const MoEShape& shape, const CombineSource& from, int64_t token,
+                   float* scalars) {
+  const int per_token = shape.rows_per_token(), topk = shape.topk;
   if (from.partial_scalars != nullptr) {
-    for (int k = 0; k < topk; ++k) scalars[k] += from.partial_scalars[slot * topk + k];
+    for (int k = 0; k < topk; ++k) scalars[k] += from.partial_scalars[token * topk + k];
     return;
   }
   for (int k = 0; k < topk; ++k) {
-    const int64_t row = from.recv_rows[slot * per_slot + (per_slot == 1 ? 0 : k)];
+    const int64_t row = from.recv_rows[token * per_token + (per_token == 1 ? 0 : k)];
     if (row < 0) continue;
     scalars[k] += from.row_scalars[shape.layout == OutputLayout::kRankMajor ? row * topk + k : row];
   }
 }
 
+// Whether the token has rows here, if only dropped ones: then its source reads their sum.
+bool TakesPart(const MoEShape& shape, const CombineSource& from, int64_t token) {
+  const int32_t* rows = from.recv_rows + token * shape.rows_per_token();
+  return std::any_of(rows, rows + shape.rows_per_token(),
+                     [](int32_t row) { return row != kNotMine; });
+}
+
 template <typename T>
-void SumSlotsOf(const MoEShape& shape, const CombineSource& from, int64_t begin, int64_t end,
-                T* partial) {
+void SumToken(const MoEShape& shape, const CombineSource& from, int64_t token, T* partial) {
   Sum<T> sum[kTile];
   const int64_t hidden = shape.hidden_size;
-  for (int64_t slot = begin; slot < end; ++slot) {
-    for (int64_t column = 0; column < hidden; column += kTile) {
-      const int64_t n = std::min(kTile, hidden - column);
-      SumRows<T>(shape, from, slot, column, n, sum);
-      Store(partial + slot * hidden + column, sum, n);
-    }
+  for (int64_t column = 0; column < hidden; column += kTile) {
+    const int64_t n = std::min(kTile, hidden - column);
+    SumRows<T>(shape, from, token, column, n, sum);
+    Store(partial + token * hidden + column, sum, n);
   }
+}
+
+// In the order in which their sums are added.
+template <typename F>
+void ForEachRank(const MoEShape& shape, const CombineParams& p, int64_t token, F&& f) {
+  const int32_t* ranks = p.tables.send_ranks + token * shape.topk;
+  for (int i = 0; i < shape.topk && ranks[i] >= 0; ++i) f(ranks[i]);
 }
 
 template <typename T>
 void CombineTokensOf(const MoEShape& shape, const std::vector<CombineSource>& from,
                      const CombineParams& p, int64_t begin, int64_t end) {
   Sum<T> sum[kTile], total[kTile];
-  const int64_t hidden = shape.hidden_size, ranks = shape.num_ranks;
+  const int64_t hidden = shape.hidden_size;
   for (int64_t t = begin; t < end; ++t) {
     for (int64_t column = 0; column < hidden; column += kTile) {
       const int64_t n = std::min(kTile, hidden - column);
       std::fill_n(total, n, Sum<T>{0});
-      for (int64_t rank = 0; rank < ranks; ++rank) {
-        const int64_t slot = p.tables.send_slots[t * ranks + rank];
-        if (slot < 0) continue;
+      ForEachRank(shape, p, t, [&](int32_t rank) {
         if (from[rank].partial != nullptr) {
-          AddScaled(total, reinterpret_cast<const T*>(from[rank].partial) + slot * hidden + column,
+          AddScaled(total, reinterpret_cast<const T*>(from[rank].partial) + t * hidden + column,
                     1.0f, n);
         } else {
-          SumRows<T>(shape, from[rank], slot, column, n, sum);
+          SumRows<T>(shape, from[rank], t, column, n, sum);
           AddRounded<T>(total, sum, n);
         }
-      }
+      });
       Store(static_cast<T*>(p.out) + t * hidden + column, total, n);
     }
   }
@@ -79,16 +89,17 @@ void CombineTokensOf(const MoEShape& shape, const std::vector<CombineSource>& fr
 
 }  // namespace
 
-void SumSlots(const MoEShape& shape, const CombineSource& from, int64_t begin, int64_t end,
-              std::byte* partial, float* partial_scalars) {
-  VisitDType(shape.dtype, [&](auto* t) {
-    SumSlotsOf(shape, from, begin, end, reinterpret_cast<decltype(t)>(partial));
-  });
-  if (from.row_scalars == nullptr) return;
-  for (int64_t slot = begin; slot < end; ++slot) {
-    float* scalars = partial_scalars + slot * shape.topk;
+void SumTokens(const MoEShape& shape, const CombineSource& from, int64_t begin, int64_t end,
+               std::byte* partial, float* partial_scalars) {
+  for (int64_t token = begin; token < end; ++token) {
+    if (!TakesPart(shape, from, token)) continue;
+    VisitDType(shape.dtype, [&](auto* t) {
+      SumToken(shape, from, token, reinterpret_cast<decltype(t)>(partial));
+    });
+    if (from.row_scalars == nullptr) continue;
+    float* scalars = partial_scalars + token * shape.topk;
     std::fill_n(scalars, shape.topk, 0.0f);
-    GatherScalars(shape, from, slot, scalars);
+    GatherScalars(shape, from, token, scalars);
   }
 }
 
@@ -101,10 +112,7 @@ void CombineTokens(const MoEShape& shape, const std::vector<CombineSource>& from
   for (int64_t t = begin; t < end; ++t) {
     float* scalars = p.token_scalars + t * shape.topk;
     std::fill_n(scalars, shape.topk, 0.0f);
-    for (int rank = 0; rank < shape.num_ranks; ++rank) {
-      const int64_t slot = p.tables.send_slots[t * shape.num_ranks + rank];
-      if (slot >= 0) GatherScalars(shape, from[rank], slot, scalars);
-    }
+    ForEachRank(shape, p, t, [&](int32_t rank) { GatherScalars(shape, from[rank], t, scalars); });
   }
 }
 

@@ -10,8 +10,7 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// Work pieces: small enough to share out evenly, large enough to hide the sharing.
-constexpr int64_t kSlotsPerPiece = 128;
+// A piece of work: small enough to share out evenly, large enough to hide the sharing.
 constexpr int64_t kTokensPerPiece = 64;
 
 Phase PhaseOf(const OpParams& params) { return static_cast<Phase>(params.index()); }
@@ -292,21 +291,20 @@ void Communicator::PublishRank(const Job& job, const Arrival& arrival, std::byte
     put(layout_.x, dispatch->x, tokens * shape.row_bytes());
     if (dispatch->weights != nullptr)
       put(layout_.weights, dispatch->weights, tokens * shape.topk * 4);
-    put(layout_.send_tokens, dispatch->tables.send_tokens, shape.num_ranks * tokens * 4);
   } else {
     // Summed before they travel: one row per (token, rank) instead of up to K.
     const CombineParams& combine = std::get<CombineParams>(arrival.params);
-    Pieces pieces(kSlotsPerPiece);
+    Pieces pieces(kTokensPerPiece);
     for (int source = 0; source < shape.num_ranks; ++source)
       if (spec_.groups[job.key.group][source].process != spec_.process)
-        pieces.Add(source, combine.tables.recv_counts[source]);
+        pieces.Add(source, combine.num_tokens);
     pieces.ForEach([&](int64_t source, int64_t begin, int64_t end) {
       const CombineSource from{
           static_cast<const std::byte*>(combine.y), combine.row_weights, combine.row_scalars,
-          combine.tables.recv_rows + source * combine.num_tokens * shape.rows_per_slot()};
-      SumSlots(shape, from, begin, end, at + layout_.partial + source * layout_.partial_stride,
-               reinterpret_cast<float*>(at + layout_.partial_scalars +
-                                        source * layout_.partial_scalars_stride));
+          combine.tables.recv_rows + source * combine.num_tokens * shape.rows_per_token()};
+      SumTokens(shape, from, begin, end, at + layout_.partial + source * layout_.partial_stride,
+                reinterpret_cast<float*>(at + layout_.partial_scalars +
+                                         source * layout_.partial_scalars_stride));
     });
   }
 }
@@ -372,26 +370,24 @@ void Communicator::ComputeDispatch(const Job& job, const RemoteRanks& remote) {
     const std::byte* at = remote[rank];
     if (at == nullptr) continue;
     sources[rank] = {at + layout_.x,
-                     weighted ? reinterpret_cast<const float*>(at + layout_.weights) : nullptr,
-                     reinterpret_cast<const int32_t*>(at + layout_.send_tokens)};
+                     weighted ? reinterpret_cast<const float*>(at + layout_.weights) : nullptr};
   }
   for (const Arrival& arrival : job.arrivals) {
     const auto& params = std::get<DispatchParams>(arrival.params);
-    sources[arrival.rank] = {static_cast<const std::byte*>(params.x), params.weights,
-                             params.tables.send_tokens};
+    sources[arrival.rank] = {static_cast<const std::byte*>(params.x), params.weights};
   }
-  Pieces pieces(kSlotsPerPiece);
+  Pieces pieces(kTokensPerPiece);
   for (size_t i = 0; i < job.arrivals.size(); ++i) {
     const auto& params = std::get<DispatchParams>(job.arrivals[i].params);
     const bool poisoned = params.tables.status[kCode] != 0;
     for (int64_t source = 0; source < ranks && !poisoned; ++source)
-      pieces.Add(i * ranks + source, params.tables.recv_counts[source]);
+      pieces.Add(i * ranks + source, params.num_tokens);
   }
   pieces.ForEach([&](int64_t index, int64_t begin, int64_t end) {
     const Arrival& arrival = job.arrivals[index / ranks];
     const int source = static_cast<int>(index % ranks);
-    ExpandSlots(spec_.shape, arrival.rank, source, sources[source],
-                std::get<DispatchParams>(arrival.params), begin, end);
+    ExpandTokens(spec_.shape, source, sources[source], std::get<DispatchParams>(arrival.params),
+                 begin, end);
   });
   ParallelFor(static_cast<int64_t>(job.arrivals.size()), [&](int64_t i) {
     const auto& params = std::get<DispatchParams>(job.arrivals[i].params);
@@ -419,7 +415,7 @@ void Communicator::ComputeCombine(const Job& job, const RemoteRanks& remote) {
       const auto& from = std::get<CombineParams>(expert.params);
       sources[expert.rank] = {
           static_cast<const std::byte*>(from.y), from.row_weights, from.row_scalars,
-          from.tables.recv_rows + me * params.num_tokens * shape.rows_per_slot()};
+          from.tables.recv_rows + me * params.num_tokens * shape.rows_per_token()};
     }
     CombineTokens(shape, sources, params, begin, end);
   });

@@ -32,18 +32,16 @@ void ScaleRow(const MoEShape& shape, const DispatchParams& p, const std::byte* x
 
 }  // namespace
 
-void ExpandSlots(const MoEShape& shape, int me, int source, const DispatchSource& from,
-                 const DispatchParams& p, int64_t begin, int64_t end) {
-  const int per_slot = shape.rows_per_slot(), topk = shape.topk;
-  const int32_t* tokens_of_slots = from.send_tokens + me * p.num_tokens;
-  const int32_t* rows_of_source = p.tables.recv_rows + source * p.num_tokens * per_slot;
+void ExpandTokens(const MoEShape& shape, int source, const DispatchSource& from,
+                  const DispatchParams& p, int64_t begin, int64_t end) {
+  const int per_token = shape.rows_per_token(), topk = shape.topk;
+  const int32_t* rows_of_source = p.tables.recv_rows + source * p.num_tokens * per_token;
   std::byte* tokens = static_cast<std::byte*>(p.tokens);
-  for (int64_t slot = begin; slot < end; ++slot) {
-    const int64_t token = tokens_of_slots[slot];
+  for (int64_t token = begin; token < end; ++token) {
     const std::byte* x = from.x + token * shape.row_bytes();
     const float* weights = from.weights == nullptr ? nullptr : from.weights + token * topk;
-    for (int k = 0; k < per_slot; ++k) {
-      const int64_t row = rows_of_source[slot * per_slot + k];
+    for (int k = 0; k < per_token; ++k) {
+      const int64_t row = rows_of_source[token * per_token + k];
       if (row < 0) continue;
       if (p.y != nullptr) {
         VisitDType(shape.dtype, [&](auto* t) {

@@ -40,8 +40,9 @@ struct OpKeyHash {
   }
 };
 
-// The inputs that a lane holds. Processes that run different programs may agree on a key and
-// nothing else; they must not take each other's bytes for their own.
+// The inputs that a lane holds. The steps of one op share a key, and processes that run different
+// programs may agree on a key and nothing else; they must not take each other's bytes for their
+// own.
 struct LaneContent {
   OpKey key;
   Phase phase = Phase::kRoute;
@@ -102,7 +103,7 @@ struct LaneLayout {
   // From the start of the segment:
   int64_t headers, lanes, segment_bytes;
   // From the start of a lane, for one local rank:
-  int64_t topk_ids, x, weights, send_tokens, partial, partial_scalars;
+  int64_t topk_ids, x, weights, partial, partial_scalars;
   int64_t rank_bytes, lane_bytes;
   // Strides of the regions that have one part per source rank.
   int64_t partial_stride, partial_scalars_stride;
@@ -121,7 +122,6 @@ struct LaneLayout {
     topk_ids = take(topk_bytes);
     x = take(tokens * shape.row_bytes());
     weights = take(topk_bytes);
-    send_tokens = take(ranks * tokens * 4);
     partial = take(ranks * partial_stride);
     partial_scalars = take(ranks * partial_scalars_stride);
     rank_bytes = at;

@@ -1,5 +1,5 @@
-// The three ops on the CPU: what one rank computes once the other ranks' inputs are readable. No
-// threads, no waiting: communicator.cc decides who runs which piece and when.
+// The steps of the ops on the CPU: what one rank computes once the inputs of the others are
+// readable. No threads, no waiting: communicator.cc decides who runs which piece and when.
 #ifndef JAX_EP_CPU_OPS_H_
 #define JAX_EP_CPU_OPS_H_
 
@@ -18,29 +18,28 @@ ErrorRecord Route(const MoEShape& shape, int me, const std::vector<const int32_t
 // What a dispatching rank lets the others read.
 struct DispatchSource {
   const std::byte* x;
-  const float* weights;        // or null
-  const int32_t* send_tokens;  // [R, T]
+  const float* weights;  // or null
 };
-// Expands slots [begin, end) of `source` into rank `me`'s output rows.
-void ExpandSlots(const MoEShape& shape, int me, int source, const DispatchSource& from,
-                 const DispatchParams& params, int64_t begin, int64_t end);
+// Expands tokens [begin, end) of `source` into the output rows that they have here.
+void ExpandTokens(const MoEShape& shape, int source, const DispatchSource& from,
+                  const DispatchParams& params, int64_t begin, int64_t end);
 // Zeroes the rows that hold no token, or fills all rows with NaN when routing failed.
 void FillPadding(const MoEShape& shape, const DispatchParams& params);
 void PoisonDispatch(const MoEShape& shape, const DispatchParams& params);
 
 // What an expert rank lets the others read: its rows, or, from another process, their sums per
-// slot.
+// token.
 struct CombineSource {
   const std::byte* y = nullptr;
   const float* row_weights = nullptr;
   const float* row_scalars = nullptr;
-  const int32_t* recv_rows = nullptr;      // [T, rows_per_slot] for the reading rank
+  const int32_t* recv_rows = nullptr;      // [T, rows_per_token] for the reading rank
   const std::byte* partial = nullptr;      // [T, H]
   const float* partial_scalars = nullptr;  // [T, K]
 };
-// Sums slots [begin, end) of what `from` owes one source rank into rows of `partial`.
-void SumSlots(const MoEShape& shape, const CombineSource& from, int64_t begin, int64_t end,
-              std::byte* partial, float* partial_scalars);
+// Sums what `from` owes tokens [begin, end) of one source rank into their rows of `partial`.
+void SumTokens(const MoEShape& shape, const CombineSource& from, int64_t begin, int64_t end,
+               std::byte* partial, float* partial_scalars);
 // Combines tokens [begin, end), adding the ranks in order.
 void CombineTokens(const MoEShape& shape, const std::vector<CombineSource>& from,
                    const CombineParams& params, int64_t begin, int64_t end);

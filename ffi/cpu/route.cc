@@ -15,7 +15,7 @@ bool IsExpert(const MoEShape& shape, int32_t id) { return id >= 0 && id < shape.
 
 struct Totals {
   std::vector<int64_t> rows_per_expert;  // [E] over all ranks
-  std::vector<int64_t> slots;            // [R, R] source, destination
+  std::vector<int64_t> tokens;           // [R, R] that a source has for a destination
   std::vector<int64_t> bad_ids;          // [R]
 };
 
@@ -36,7 +36,7 @@ Totals Count(const MoEShape& shape, const std::vector<const int32_t*>& topk_ids,
         }
         ++totals.rows_per_expert[id];
         const int rank = id / local;
-        totals.slots[source * ranks + rank] += last_token[rank] != t;
+        totals.tokens[source * ranks + rank] += last_token[rank] != t;
         last_token[rank] = t;
       }
     }
@@ -49,7 +49,7 @@ int64_t RowsNeeded(const MoEShape& shape, const Totals& totals, int rank) {
   int64_t rows = 0;
   if (shape.layout == OutputLayout::kRankMajor) {
     for (int source = 0; source < shape.num_ranks; ++source)
-      rows += totals.slots[source * shape.num_ranks + rank];
+      rows += totals.tokens[source * shape.num_ranks + rank];
     return rows;
   }
   for (int e = 0; e < shape.local_experts(); ++e)
@@ -71,21 +71,15 @@ ErrorRecord FindError(const MoEShape& shape, const Totals& totals) {
   return {};
 }
 
-void FillSendTables(const MoEShape& shape, const RouteParams& p) {
-  const int ranks = shape.num_ranks, local = shape.local_experts();
-  std::fill_n(p.tables.send_slots, p.num_tokens * ranks, -1);
-  std::fill_n(p.tables.send_tokens, ranks * p.num_tokens, -1);
-  std::fill_n(p.tables.send_counts, ranks, 0);
+void FillSendRanks(const MoEShape& shape, const RouteParams& p) {
   for (int64_t t = 0; t < p.num_tokens; ++t) {
-    for (int k = 0; k < shape.topk; ++k) {
-      const int32_t id = p.topk_ids[t * shape.topk + k];
-      if (!IsExpert(shape, id)) continue;
-      const int rank = id / local;
-      if (p.tables.send_slots[t * ranks + rank] >= 0) continue;
-      const int32_t slot = p.tables.send_counts[rank]++;
-      p.tables.send_slots[t * ranks + rank] = slot;
-      p.tables.send_tokens[rank * p.num_tokens + slot] = static_cast<int32_t>(t);
-    }
+    int32_t* ranks = p.tables.send_ranks + t * shape.topk;
+    int32_t* end = ranks;
+    for (int k = 0; k < shape.topk; ++k)
+      if (const int32_t id = p.topk_ids[t * shape.topk + k]; IsExpert(shape, id))
+        *end++ = id / shape.local_experts();
+    std::sort(ranks, end);
+    std::fill(std::unique(ranks, end), ranks + shape.topk, -1);
   }
 }
 
@@ -94,7 +88,7 @@ std::vector<int64_t> GroupOffsets(const MoEShape& shape, int me, const Totals& t
   std::vector<int64_t> offsets{0};
   for (int group = 0; group < shape.num_row_groups(); ++group) {
     const int64_t rows = shape.layout == OutputLayout::kRankMajor
-                             ? totals.slots[group * shape.num_ranks + me]
+                             ? totals.tokens[group * shape.num_ranks + me]
                              : AlignUp(totals.rows_per_expert[me * shape.local_experts() + group],
                                        shape.expert_alignment);
     offsets.push_back(offsets.back() + rows);
@@ -113,16 +107,13 @@ class RowPlacer {
         next_(std::move(offsets)) {}
 
   void Place(int source, const int32_t* topk_ids) {
-    const int per_slot = shape_.rows_per_slot();
-    int32_t* rows = params_.tables.recv_rows + source * params_.num_tokens * per_slot;
-    int32_t slot = 0;
+    const int per_token = shape_.rows_per_token();
+    int32_t* rows = params_.tables.recv_rows + source * params_.num_tokens * per_token;
     for (int64_t t = 0; t < params_.num_tokens; ++t) {
       const int32_t* ids = topk_ids + t * shape_.topk;
-      const bool mine =
-          std::any_of(ids, ids + shape_.topk, [this](int32_t id) { return IsMine(id); });
-      if (mine) PlaceToken(source, ids, rows + slot++ * per_slot);
+      if (std::any_of(ids, ids + shape_.topk, [this](int32_t id) { return IsMine(id); }))
+        PlaceToken(source, ids, rows + t * per_token);
     }
-    params_.tables.recv_counts[source] = slot;
   }
   int32_t num_dropped() const { return num_dropped_; }
 
@@ -133,7 +124,7 @@ class RowPlacer {
 
   int32_t NextRow(int group) {
     const int64_t row = next_[group]++;
-    if (row >= shape_.capacity) return ++num_dropped_, -1;
+    if (row >= shape_.capacity) return ++num_dropped_, kDropped;
     ++params_.tables.group_counts[group];
     return static_cast<int32_t>(row);
   }
@@ -150,7 +141,7 @@ class RowPlacer {
       return;
     }
     for (int k = 0; k < shape_.topk; ++k)
-      rows[k] = IsMine(ids[k]) ? NextRow(ids[k] - first_expert_) : -1;
+      rows[k] = IsMine(ids[k]) ? NextRow(ids[k] - first_expert_) : kNotMine;
   }
 
   const MoEShape& shape_;
@@ -169,8 +160,8 @@ ErrorRecord Route(const MoEShape& shape, int me, const std::vector<const int32_t
   const int ranks = shape.num_ranks, groups = shape.num_row_groups();
   const RouteTables& tables = params.tables;
 
-  FillSendTables(shape, params);
-  std::fill_n(tables.recv_rows, ranks * params.num_tokens * shape.rows_per_slot(), -1);
+  FillSendRanks(shape, params);
+  std::fill_n(tables.recv_rows, ranks * params.num_tokens * shape.rows_per_token(), kNotMine);
   std::fill_n(tables.group_counts, groups, 0);
   std::fill_n(params.num_tokens_per_expert, shape.local_experts(), 0);
   if (shape.layout == OutputLayout::kRankMajor)

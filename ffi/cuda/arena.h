@@ -10,11 +10,14 @@
 
 namespace jax_ep::cuda {
 
-// Slots that share one arrival flag: few, so that the last ones are not waited for long, but enough
-// to be worth the fence before the flag.
-constexpr int kSlotsPerChunk = 8;
-// Tokens that one block routes.
-constexpr int kTokensPerRouteBlock = 256;
+// Tokens that share one arrival flag: few, so that the last ones are not waited for long. With more
+// ranks, fewer of them go to any one.
+JAX_EP_HOST_DEVICE inline int TokensPerChunk(int num_ranks) {
+  constexpr int kLeast = 8;
+  return kLeast * (1 + (num_ranks - 1) / kLeast);
+}
+// Tokens that one team routes.
+constexpr int kTokensPerRoutePart = 256;
 
 // Several times what one NVLink domain holds.
 constexpr int kMaxRanks = 256;
@@ -24,8 +27,11 @@ JAX_EP_HOST_DEVICE inline int64_t CeilDiv(int64_t n, int64_t d) { return (n + d 
 // Written by this GPU only.
 struct ArenaHeader {
   uint32_t epoch;        // exchanges completed; the next one is epoch + 1
-  uint32_t blocks_done;  // of the running exchange
   uint32_t failed;       // a peer was lost: no wait lasts any more
+  uint32_t blocks_done;  // of the running exchange
+  uint32_t route_blocks_done;
+  uint32_t send_tasks;  // dealt out in the running exchange
+  uint32_t receive_tasks;
 };
 
 // Every exchange has the next epoch. Flags hold the epoch of what they announce and are never
@@ -33,17 +39,18 @@ struct ArenaHeader {
 // entered n + 1, and so has read everything of epoch n. All offsets in bytes.
 struct ArenaLayout {
   int64_t header;
-  int64_t ready;       // [R] flags: the peer entered this epoch
-  int64_t ids_flags;   // [R, route blocks] flags: topk_ids of these tokens are here
-  int64_t slot_flags;  // [R, chunks] flags: rows of these slots are here
-  int64_t histograms;  // [R * route blocks + 1, histogram_size] this GPU's scratch
-  int64_t ids;         // [2, R, Tmax, K] int32
-  int64_t scalars;     // [2, R, Tmax, K] float32
-  int64_t rows;        // [2, R - 1, Tmax, row_bytes]
+  int64_t ready;        // [R] flags: the peer entered this epoch
+  int64_t ids_flags;    // [R, route parts] flags: topk_ids of these tokens are here
+  int64_t chunk_flags;  // [R, chunks] flags: what these tokens send is here
+  int64_t pings;        // [2] flags of the benchmark
+  int64_t histograms;   // [R * route parts + 1, histogram_size] this GPU's scratch
+  int64_t ids;          // [2, R, Tmax, K] int32
+  int64_t scalars;      // [2, R, Tmax, K] float32
+  int64_t rows;         // [2, R - 1, Tmax, row_bytes]
   int64_t bytes;
 
   int64_t rank_ids_bytes, rank_rows_bytes, row_bytes;
-  int32_t num_ranks, topk, max_route_blocks, max_chunks, histogram_size;
+  int32_t num_ranks, topk, tokens_per_chunk, max_route_parts, max_chunks, histogram_size;
 
   ArenaLayout() = default;
   explicit ArenaLayout(const MoEShape& shape) {
@@ -53,9 +60,10 @@ struct ArenaLayout {
     row_bytes = shape.row_bytes();
     rank_ids_bytes = tokens * shape.topk * 4;
     rank_rows_bytes = tokens * row_bytes;
-    max_route_blocks = static_cast<int32_t>(CeilDiv(tokens, kTokensPerRouteBlock));
-    max_chunks = static_cast<int32_t>(CeilDiv(tokens, kSlotsPerChunk));
-    // Rows per expert, slots per rank, and ids that are no expert.
+    tokens_per_chunk = TokensPerChunk(shape.num_ranks);
+    max_route_parts = static_cast<int32_t>(CeilDiv(tokens, kTokensPerRoutePart));
+    max_chunks = static_cast<int32_t>(CeilDiv(tokens, tokens_per_chunk));
+    // Rows per expert, tokens per rank, and ids that are no expert.
     histogram_size = shape.num_experts + shape.num_ranks + 1;
     int64_t at = 0;
     const auto take = [&at](int64_t size) {
@@ -65,9 +73,10 @@ struct ArenaLayout {
     };
     header = take(sizeof(ArenaHeader));
     ready = take(ranks * 4);
-    ids_flags = take(ranks * max_route_blocks * 4);
-    slot_flags = take(ranks * max_chunks * 4);
-    histograms = take((ranks * max_route_blocks + 1) * histogram_size * 4);
+    ids_flags = take(ranks * max_route_parts * 4);
+    chunk_flags = take(ranks * max_chunks * 4);
+    pings = take(2 * 4);
+    histograms = take((ranks * max_route_parts + 1) * histogram_size * 4);
     ids = take(2 * ranks * rank_ids_bytes);
     scalars = take(2 * ranks * rank_ids_bytes);
     rows = take(2 * (ranks - 1) * rank_rows_bytes);
@@ -92,27 +101,31 @@ struct Arena {
   __device__ uint32_t* Ready(int owner, int source) const {
     return Flags(owner, layout.ready) + source;
   }
-  __device__ uint32_t* IdsFlag(int owner, int source, int block) const {
-    return Flags(owner, layout.ids_flags) + source * layout.max_route_blocks + block;
+  __device__ uint32_t* IdsFlag(int owner, int source, int part) const {
+    return Flags(owner, layout.ids_flags) + source * layout.max_route_parts + part;
   }
-  __device__ uint32_t* SlotFlag(int owner, int source, int64_t slot) const {
-    return Flags(owner, layout.slot_flags) + source * layout.max_chunks + slot / kSlotsPerChunk;
+  __device__ uint32_t* ChunkFlag(int owner, int source, int64_t chunk) const {
+    return Flags(owner, layout.chunk_flags) + source * layout.max_chunks + chunk;
+  }
+  __device__ uint32_t* Ping(uint32_t epoch, int owner) const {
+    return Flags(owner, layout.pings) + (epoch & 1);
   }
   __device__ int32_t* Ids(uint32_t epoch, int owner, int source) const {
     const int64_t part = (epoch & 1) * layout.num_ranks + source;
     return reinterpret_cast<int32_t*>(bases[owner] + layout.ids + part * layout.rank_ids_bytes);
   }
-  __device__ float* Scalars(uint32_t epoch, int owner, int source, int64_t slot) const {
+  __device__ float* Scalars(uint32_t epoch, int owner, int source, int64_t token) const {
     const int64_t part = (epoch & 1) * layout.num_ranks + source;
     return reinterpret_cast<float*>(bases[owner] + layout.scalars + part * layout.rank_ids_bytes) +
-           slot * layout.topk;
+           token * layout.topk;
   }
-  // A rank has no window for itself.
-  __device__ int4* Row(uint32_t epoch, int owner, int source, int64_t slot) const {
+  // What `source` sends of its `token`, or returns for the owner's. A rank has no window for
+  // itself.
+  __device__ int4* Row(uint32_t epoch, int owner, int source, int64_t token) const {
     const int64_t distance = (source - owner + layout.num_ranks) % layout.num_ranks;
     const int64_t part = (epoch & 1) * (layout.num_ranks - 1) + distance - 1;
     return reinterpret_cast<int4*>(bases[owner] + layout.rows + part * layout.rank_rows_bytes +
-                                   slot * layout.row_bytes);
+                                   token * layout.row_bytes);
   }
   __device__ int32_t* Histogram(int64_t row) const {
     return reinterpret_cast<int32_t*>(own + layout.histograms) + row * layout.histogram_size;

@@ -1,7 +1,8 @@
-// Combine: sending blocks sum, per slot, the rows that a token has here, and write one row into the
-// source's window; receiving blocks add the ranks' rows of each token, in rank order.
+// Combine: sending blocks sum, per token of another rank, the rows that it has here, and write one
+// row into its place in the source's window; receiving blocks add the ranks' rows of each token, in
+// rank order.
 //
-// As in dispatch, senders come first in the grid and wait for nobody.
+// As in dispatch, senders come first in the grid, wait for nobody, and help to receive at the end.
 #include "cuda/ops.h"
 #include "cuda/rows.cuh"
 #include "cuda/sync.cuh"
@@ -12,9 +13,9 @@ namespace {
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 // Warps that share a row: more rows at a time would each take longer, and the last one counts.
-constexpr int kWarpsPerSlot = kWarps / kSlotsPerChunk;
+constexpr int kWarpsPerSum = 2;
 constexpr int kWarpsPerToken = 4;
-constexpr int kTokensPerBlock = kWarps / kWarpsPerToken;
+constexpr int kTokensPerTask = kTeamWarps / kWarpsPerToken;
 
 __device__ int NumVectors(const MoEShape& shape) {
   return static_cast<int>(shape.row_bytes() / 16);
@@ -25,8 +26,8 @@ struct Share {
   int begin, end;
   bool first;  // this warp also does what is done once per row
 
-  __device__ Share(int vectors, int warps_per_row) {
-    const int part = threadIdx.x / 32 % warps_per_row;
+  __device__ Share(int vectors, int warp, int warps_per_row) {
+    const int part = warp % warps_per_row;
     const int per_part = static_cast<int>(CeilDiv(vectors, warps_per_row));
     begin = part * per_part;
     end = min(begin + per_part, vectors);
@@ -34,20 +35,21 @@ struct Share {
   }
 };
 
-// The rows of y that make up one slot, none for slot -1; lane k of the warp holds the k-th.
+// The rows of y that one token of `source` has here; lane k of the warp holds the k-th.
 template <typename T>
-struct SlotRows {
+struct TokenRows {
   int row;
   float weight;
   unsigned lanes;
+  bool is_mine;  // its rows may still all have been dropped
 
-  __device__ SlotRows(const MoEShape& shape, const CombineParams& p, int source, int64_t slot) {
-    const int lane = threadIdx.x % 32, per_slot = shape.rows_per_slot();
-    row = slot >= 0 && lane < per_slot
-              ? p.tables.recv_rows[(source * p.num_tokens + slot) * per_slot + lane]
-              : -1;
+  __device__ TokenRows(const MoEShape& shape, const CombineParams& p, int source, int64_t token) {
+    const int lane = threadIdx.x % 32, per_token = shape.rows_per_token();
+    row = lane < per_token ? p.tables.recv_rows[(source * p.num_tokens + token) * per_token + lane]
+                           : static_cast<int32_t>(kNotMine);
     weight = row < 0 ? 0.0f : p.row_weights == nullptr ? 1.0f : p.row_weights[row];
     lanes = __ballot_sync(kAllLanes, row >= 0);
+    is_mine = __any_sync(kAllLanes, row != kNotMine);
   }
 
   // Adds up to kUnroll vectors of each row, from vector `first` on and before `end`, two rows at a
@@ -80,7 +82,7 @@ struct SlotRows {
     }
   }
 
-  // The scalar of each of the slot's (token, k): lane k gets the k-th, 0 where this rank has none.
+  // The scalar of each of the token's k: lane k gets the k-th, 0 where this rank has none.
   __device__ float Scalar(const MoEShape& shape, const CombineParams& p) const {
     const int lane = threadIdx.x % 32;
     if (shape.layout == OutputLayout::kFlat) return row >= 0 ? p.row_scalars[row] : 0.0f;
@@ -90,12 +92,12 @@ struct SlotRows {
 };
 
 template <typename T>
-__device__ void SendSlot(const MoEShape& shape, const Arena& arena, const CombineParams& p,
-                         uint32_t epoch, int source, int64_t slot) {
+__device__ void SendToken(const MoEShape& shape, const Arena& arena, const CombineParams& p,
+                          const Share& share, uint32_t epoch, int source, int64_t token) {
   const int lane = threadIdx.x % 32, vectors = NumVectors(shape);
-  const Share share(vectors, kWarpsPerSlot);
-  const SlotRows<T> rows(shape, p, source, slot);
-  int4* to = arena.Row(epoch, source, arena.rank, slot);
+  const TokenRows<T> rows(shape, p, source, token);
+  if (!rows.is_mine) return;
+  int4* to = arena.Row(epoch, source, arena.rank, token);
   for (int begin = share.begin; begin < share.end; begin += 32 * kUnroll) {
     const int first = begin + lane;
     Sum<T> sum[kUnroll][kPerVector<T>] = {};
@@ -106,113 +108,114 @@ __device__ void SendSlot(const MoEShape& shape, const Arena& arena, const Combin
   }
   if (p.row_scalars == nullptr || !share.first) return;
   const float scalar = rows.Scalar(shape, p);
-  if (lane < shape.topk) arena.Scalars(epoch, source, arena.rank, slot)[lane] = scalar;
+  if (lane < shape.topk) arena.Scalars(epoch, source, arena.rank, token)[lane] = scalar;
 }
 
 template <typename T>
-__device__ void Send(const MoEShape& shape, const Arena& arena, const CombineParams& p,
-                     uint32_t epoch, int senders) {
-  const int peers = shape.num_ranks - 1;
-  const int64_t chunks = CeilDiv(p.num_tokens, kSlotsPerChunk);
-  for (int64_t task = blockIdx.x; task < chunks * peers; task += senders) {
-    const int source = (arena.rank + 1 + static_cast<int>(task % peers)) % shape.num_ranks;
-    const int64_t first = task / peers * kSlotsPerChunk;
-    const int64_t count = p.tables.recv_counts[source];
-    if (first >= count) continue;
-    const int64_t slot = first + threadIdx.x / 32 / kWarpsPerSlot;
-    if (slot < count) SendSlot<T>(shape, arena, p, epoch, source, slot);
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      ptx::fence_acq_rel_sys();
-      ptx::st_release_sys(arena.SlotFlag(source, arena.rank, first), epoch);
-    }
+__device__ void Send(const MoEShape& shape, const Arena& arena, const Team& team,
+                     const CombineParams& p, uint32_t epoch) {
+  const int peers = shape.num_ranks - 1, per_chunk = arena.layout.tokens_per_chunk;
+  const int64_t num_tasks = CeilDiv(p.num_tokens, per_chunk) * peers;
+  const Share share(NumVectors(shape), team.warp, kWarpsPerSum);
+  Tasks tasks(team, &arena.Header()->send_tasks);
+  while (tasks.current() < num_tasks) {
+    // Every rank starts with another peer, so that no link is everybody's first.
+    const int source =
+        (arena.rank + 1 + static_cast<int>(tasks.current() % peers)) % shape.num_ranks;
+    const int64_t chunk = tasks.current() / peers, first = chunk * per_chunk,
+                  last = min(first + per_chunk, p.num_tokens);
+    tasks.Ask();
+    for (int64_t token = first + team.warp / kWarpsPerSum; token < last;
+         token += kTeamWarps / kWarpsPerSum)
+      SendToken<T>(shape, arena, p, share, epoch, source, token);
+    tasks.Advance();
+    if (team.thread == 0) ptx::st_release_sys(arena.ChunkFlag(source, arena.rank, chunk), epoch);
   }
 }
 
-// Waits until every rank's rows of tokens [first, last) are here; a thread per (token, rank), those
-// with the same flag together. To be called by the whole block. False if any is missing.
-__device__ bool WaitForTokens(const MoEShape& shape, const Arena& arena, const CombineParams& p,
-                              uint32_t epoch, int64_t first, int64_t last) {
-  bool arrived = true;
-  const int64_t pairs = (last - first) * shape.num_ranks;
-  for (int64_t i = threadIdx.x; i - threadIdx.x % 32 < pairs; i += kThreads) {
-    const int rank = static_cast<int>(i % shape.num_ranks);
-    const int slot =
-        i < pairs && rank != arena.rank ? p.tables.send_slots[first * shape.num_ranks + i] : -1;
-    const uint32_t* flag = slot >= 0 ? arena.SlotFlag(arena.rank, rank, slot) : nullptr;
-    const unsigned same = __match_any_sync(kAllLanes, reinterpret_cast<uintptr_t>(flag));
-    if (flag != nullptr && threadIdx.x % 32 == __ffs(same) - 1)
-      arrived &= Wait(arena, flag, epoch, rank, Phase::kCombine);
-  }
-  return __syncthreads_and(arrived);
-}
-
-// Adds what ranks [0, R) returned for a token, in order and rounded to T as it crossed; this rank's
-// own is summed on the spot. Vectors `first` + 32 u of the row, before `end`, kUnroll of them at
-// most.
-template <typename T>
-__device__ void AddRanks(Sum<T> (&total)[kUnroll][kPerVector<T>], const MoEShape& shape,
-                         const Arena& arena, const CombineParams& p, uint32_t epoch,
-                         const int32_t* slots, const SlotRows<T>& own, int first, int end) {
-  const int vectors = NumVectors(shape);
-  for (int rank = 0; rank < shape.num_ranks; ++rank) {
-    const int slot = slots[rank];
-    if (slot < 0) continue;
-    int4 v[kUnroll] = {};
-    if (rank == arena.rank) {
-      Sum<T> sum[kUnroll][kPerVector<T>] = {};
-      own.AddTo(sum, static_cast<const int4*>(p.y), vectors, first, end);
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) v[u] = Pack<T>(sum[u]);
-    } else {
-      const int4* row = arena.Row(epoch, arena.rank, rank, slot);
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u)
-        if (first + 32 * u < end) v[u] = ptx::ld_no_allocate(row + first + 32 * u);
-    }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) AddScaled<T>(total[u], v[u], 1);
-  }
-}
-
+// Adds up one token; lane k holds the k-th of the ranks that have a part of it, ascending.
 template <typename T>
 __device__ void ReceiveToken(const MoEShape& shape, const Arena& arena, const CombineParams& p,
-                             uint32_t epoch, int64_t token) {
-  const int lane = threadIdx.x % 32, vectors = NumVectors(shape), ranks = shape.num_ranks;
-  const int32_t* slots = p.tables.send_slots + token * ranks;
+                             const Share& share, uint32_t epoch, int64_t token, int rank,
+                             const TokenRows<T>& own) {
+  const int lane = threadIdx.x % 32, vectors = NumVectors(shape);
+  const int num_sums = __popc(__ballot_sync(kAllLanes, rank >= 0));
   int4* out = static_cast<int4*>(p.out) + token * vectors;
-  const Share share(vectors, kWarpsPerToken);
-  const SlotRows<T> own(shape, p, arena.rank, slots[arena.rank]);
   for (int begin = share.begin; begin < share.end; begin += 32 * kUnroll) {
     const int first = begin + lane;
     Sum<T> total[kUnroll][kPerVector<T>] = {};
-    AddRanks<T>(total, shape, arena, p, epoch, slots, own, first, share.end);
+    for (int i = 0; i < num_sums; ++i) {
+      const int from = __shfl_sync(kAllLanes, rank, i);
+      // This rank's own sum is made on the spot, and rounded to T as the others' were to cross.
+      if (from == arena.rank) {
+        Sum<T> sum[kUnroll][kPerVector<T>] = {};
+        own.AddTo(sum, static_cast<const int4*>(p.y), vectors, first, share.end);
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) AddScaled<T>(total[u], Pack<T>(sum[u]), 1);
+        continue;
+      }
+      // Two at a time, to have more loads in flight.
+      const int next = i + 1 < num_sums ? __shfl_sync(kAllLanes, rank, i + 1) : arena.rank;
+      const bool two = next != arena.rank;
+      const int4* row_a = arena.Row(epoch, arena.rank, from, token);
+      const int4* row_b = arena.Row(epoch, arena.rank, two ? next : from, token);
+      int4 a[kUnroll] = {}, b[kUnroll] = {};
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u)
+        if (first + 32 * u < share.end) {
+          a[u] = ptx::ld_no_allocate(row_a + first + 32 * u);
+          if (two) b[u] = ptx::ld_no_allocate(row_b + first + 32 * u);
+        }
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        AddScaled<T>(total[u], a[u], 1);
+        if (two) AddScaled<T>(total[u], b[u], 1);
+      }
+      i += two;
+    }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u)
       if (first + 32 * u < share.end) ptx::st_no_allocate(out + first + 32 * u, Pack<T>(total[u]));
   }
   if (p.row_scalars == nullptr || !share.first) return;
   float scalar = own.Scalar(shape, p);
-  for (int rank = 0; rank < ranks; ++rank)
-    if (rank != arena.rank && slots[rank] >= 0 && lane < shape.topk)
-      scalar += arena.Scalars(epoch, arena.rank, rank, slots[rank])[lane];
+  for (int i = 0; i < num_sums; ++i) {
+    const int from = __shfl_sync(kAllLanes, rank, i);
+    if (from != arena.rank && lane < shape.topk)
+      scalar += arena.Scalars(epoch, arena.rank, from, token)[lane];
+  }
   if (lane < shape.topk) p.token_scalars[token * shape.topk + lane] = scalar;
 }
 
+// A few tokens at a time. A thread per peer waits for the chunk that they are in.
 template <typename T>
-__device__ void Receive(const MoEShape& shape, const Arena& arena, const CombineParams& p,
-                        uint32_t epoch, int block, int blocks) {
-  const int64_t stride = static_cast<int64_t>(blocks) * kTokensPerBlock;
-  for (int64_t first = block * int64_t{kTokensPerBlock}; first < p.num_tokens; first += stride) {
-    const int64_t last = min(first + kTokensPerBlock, p.num_tokens);
-    const int64_t token = first + threadIdx.x / 32 / kWarpsPerToken;
-    const bool arrived = WaitForTokens(shape, arena, p, epoch, first, last);
-    if (token >= last) continue;
+__device__ void Receive(const MoEShape& shape, const Arena& arena, const Team& team,
+                        const CombineParams& p, uint32_t epoch) {
+  const int lane = threadIdx.x % 32, vectors = NumVectors(shape);
+  const int64_t num_tasks = CeilDiv(p.num_tokens, kTokensPerTask);
+  const Share share(vectors, team.warp, kWarpsPerToken);
+  Tasks tasks(team, &arena.Header()->receive_tasks);
+  while (tasks.current() < num_tasks) {
+    const int64_t first = int64_t{tasks.current()} * kTokensPerTask,
+                  token = first + team.warp / kWarpsPerToken,
+                  chunk = first / arena.layout.tokens_per_chunk;
+    const bool in_range = token < p.num_tokens;
+    tasks.Ask();
+    // Fetched before the wait, so that its latency passes meanwhile.
+    const int rank =
+        in_range && lane < shape.topk ? p.tables.send_ranks[token * shape.topk + lane] : -1;
+    const TokenRows<T> own(shape, p, arena.rank, in_range ? token : first);
+    bool arrived = true;
+    for (int peer = team.thread; peer < shape.num_ranks; peer += kTeamThreads)
+      if (peer != arena.rank)
+        arrived &=
+            Wait(arena, arena.ChunkFlag(arena.rank, peer, chunk), epoch, peer, Phase::kCombine);
+    arrived = tasks.Advance(arrived);
+    if (!in_range) continue;
     if (arrived)
-      ReceiveToken<T>(shape, arena, p, epoch, token);
+      ReceiveToken<T>(shape, arena, p, share, epoch, token, rank, own);
     else
-      FillRow(static_cast<int4*>(p.out) + token * NumVectors(shape), NumVectors(shape),
-              NaNs(shape.dtype));
+      FillRow(static_cast<int4*>(p.out) + token * vectors, vectors, NaNs(shape.dtype));
   }
 }
 
@@ -230,15 +233,13 @@ __device__ void FillNaN(const MoEShape& shape, const CombineParams& p) {
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 1)
     CombineKernel(MoEShape shape, Arena arena, CombineParams p, int senders) {
+  const Team team;
   const uint32_t epoch = EnterEpoch(arena);
-  const int block = static_cast<int>(blockIdx.x) - senders,
-            blocks = static_cast<int>(gridDim.x) - senders;
   if (p.tables.status[kCode] != 0) {
     FillNaN(shape, p);
-  } else if (block < 0) {
-    Send<T>(shape, arena, p, epoch, senders);
   } else {
-    Receive<T>(shape, arena, p, epoch, block, blocks);
+    if (static_cast<int>(blockIdx.x) < senders) Send<T>(shape, arena, team, p, epoch);
+    Receive<T>(shape, arena, team, p, epoch);
   }
   LeaveEpoch(arena, epoch, Phase::kCombine);
 }

@@ -8,7 +8,7 @@ namespace jax_ep::cuda {
 namespace {
 
 // Shares of the blocks that send, the best of those tried on 4x H200 (docs/performance.md).
-constexpr double kDispatchSenders = 0.37;
+constexpr double kDispatchSenders = 0.18;
 constexpr double kCombineSenders = 0.55;
 
 // The CUDA device of a scope; handlers run on threads whose device XLA has chosen.
@@ -82,7 +82,7 @@ std::string Communicator::PrepareDevice(int32_t ordinal, Device& device) {
     return "GPU " + std::to_string(ordinal) + " (" + properties.name +
            "): compute capability 9.0 or newer is needed, got " + std::to_string(properties.major) +
            "." + std::to_string(properties.minor);
-  for (const auto load : {LoadRoute, LoadDispatch, LoadCombine})
+  for (const auto load : {LoadExchange, LoadPlacement, LoadDispatch, LoadCombine, LoadCeilings})
     if (error = load(spec_.shape); error != cudaSuccess)
       return Failed("loading kernels on GPU " + std::to_string(ordinal) + " for " +
                         std::to_string(spec_.shape.num_experts) + " experts",
@@ -196,17 +196,26 @@ Blocks Communicator::BlocksOf(const Device& device, const BlockCounts& chosen,
   return {at_least_two, senders};
 }
 
-std::string Communicator::Route(int32_t ordinal, const RouteParams& params, cudaStream_t stream) {
-  ScopedDevice scope(ordinal);
-  return Failed("route", LaunchRoute(spec_.shape, ArenaOf(devices_.at(ordinal)), params, stream));
-}
-
-std::string Communicator::Dispatch(int32_t ordinal, const DispatchParams& params,
+std::string Communicator::Dispatch(int32_t ordinal, const FreshDispatchParams& params,
                                    cudaStream_t stream) {
   ScopedDevice scope(ordinal);
   const Device& device = devices_.at(ordinal);
-  return Failed("dispatch",
-                LaunchDispatch(spec_.shape, ArenaOf(device), params,
+  const Arena arena = ArenaOf(device);
+  const MoEShape& shape = spec_.shape;
+  cudaError_t error = LaunchExchange(shape, arena, params.route, stream);
+  if (error == cudaSuccess) error = LaunchPlacement(shape, arena, params.route, stream);
+  if (error == cudaSuccess)
+    error = LaunchDispatch(shape, arena, params.dispatch, params.route.topk_ids,
+                           BlocksOf(device, spec_.dispatch_blocks, kDispatchSenders), stream);
+  return Failed("dispatch", error);
+}
+
+std::string Communicator::DispatchCached(int32_t ordinal, const DispatchParams& params,
+                                         cudaStream_t stream) {
+  ScopedDevice scope(ordinal);
+  const Device& device = devices_.at(ordinal);
+  return Failed("cached dispatch",
+                LaunchDispatch(spec_.shape, ArenaOf(device), params, nullptr,
                                BlocksOf(device, spec_.dispatch_blocks, kDispatchSenders), stream));
 }
 
@@ -217,6 +226,16 @@ std::string Communicator::Combine(int32_t ordinal, const CombineParams& params,
   return Failed("combine",
                 LaunchCombine(spec_.shape, ArenaOf(device), params,
                               BlocksOf(device, spec_.combine_blocks, kCombineSenders), stream));
+}
+
+std::string Communicator::Stores(int32_t ordinal, const StoresParams& params, cudaStream_t stream) {
+  ScopedDevice scope(ordinal);
+  return Failed("stores", LaunchStores(spec_.shape, ArenaOf(devices_.at(ordinal)), params, stream));
+}
+
+std::string Communicator::Flags(int32_t ordinal, const FlagsParams& params, cudaStream_t stream) {
+  ScopedDevice scope(ordinal);
+  return Failed("flags", LaunchFlags(spec_.shape, ArenaOf(devices_.at(ordinal)), params, stream));
 }
 
 ErrorRecord Communicator::TakeError() {

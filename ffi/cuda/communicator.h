@@ -34,9 +34,12 @@ class Communicator {
   // Waits for this process's GPUs and lets go of others' memory. Then theirs may be freed.
   void Disconnect();
 
-  std::string Route(int32_t ordinal, const RouteParams& params, cudaStream_t stream);
-  std::string Dispatch(int32_t ordinal, const DispatchParams& params, cudaStream_t stream);
+  std::string Dispatch(int32_t ordinal, const FreshDispatchParams& params, cudaStream_t stream);
+  std::string DispatchCached(int32_t ordinal, const DispatchParams& params, cudaStream_t stream);
   std::string Combine(int32_t ordinal, const CombineParams& params, cudaStream_t stream);
+  // Ceilings, for the benchmark; with two ranks or more.
+  std::string Stores(int32_t ordinal, const StoresParams& params, cudaStream_t stream);
+  std::string Flags(int32_t ordinal, const FlagsParams& params, cudaStream_t stream);
 
   // Returns the first error since the last call, and forgets it unless a peer was lost.
   ErrorRecord TakeError();

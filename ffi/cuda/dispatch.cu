@@ -1,85 +1,82 @@
-// Dispatch: sending blocks write each token once into a fixed slot of every destination's window;
-// receiving blocks expand arrived slots, and this rank's own tokens, into their output rows.
+// Dispatch: sending blocks write each token once into its place in every destination's window, and
+// raise a flag there per chunk of tokens; receiving blocks expand what arrived, and this rank's own
+// tokens, into their output rows. Where a token lands does not depend on routing tables, so senders
+// of a fresh dispatch start while routing still runs.
 //
 // Sending blocks come first in the grid and wait for nobody, so receivers always have something to
-// wait for that is running or done.
+// wait for that is running or done. They help to receive once all is sent.
 #include "cuda/ops.h"
+#include "cuda/route.cuh"
 #include "cuda/rows.cuh"
-#include "cuda/sync.cuh"
 
 namespace jax_ep::cuda {
 namespace {
 
-constexpr int kThreads = 1024;
+constexpr int kThreads = kMaxTeams * kTeamThreads;
 constexpr int kWarps = kThreads / 32;
-// Slots that a block sends before it fences once and raises the flags of their chunks; its warps
-// share them.
-constexpr int kSlotsPerSend = 16;
-constexpr int kWarpsPerRow = kWarps / kSlotsPerSend;
 
 __device__ int NumVectors(const MoEShape& shape) {
   return static_cast<int>(shape.row_bytes() / 16);
 }
 
-__device__ void CopyVectors(int4* to, const int4* from, int begin, int end) {
-  for (int first = begin + threadIdx.x % 32; first < end; first += 32 * kUnroll) {
+// The ranks that a token goes to, one in each of some lanes of the warp and -1 in the others.
+__device__ int DestinationOfLane(const MoEShape& shape, const DispatchParams& p,
+                                 const int32_t* topk_ids, int64_t token) {
+  const int lane = threadIdx.x % 32;
+  if (topk_ids == nullptr)
+    return lane < shape.topk ? p.tables.send_ranks[token * shape.topk + lane] : -1;
+  const int id = lane < shape.topk ? topk_ids[token * shape.topk + lane] : -1;
+  const int rank = IsExpert(shape, id) ? id / shape.local_experts() : -1;
+  const unsigned same = __match_any_sync(kAllLanes, rank);
+  return lane == __ffs(same) - 1 ? rank : -1;
+}
+
+// One warp copies a token into the windows of all its destinations, reading it once.
+__device__ void SendToken(const MoEShape& shape, const Arena& arena, const DispatchParams& p,
+                          const int32_t* topk_ids, uint32_t epoch, int64_t token) {
+  const int lane = threadIdx.x % 32, vectors = NumVectors(shape);
+  const int rank = DestinationOfLane(shape, p, topk_ids, token);
+  const bool sends = rank >= 0 && rank != arena.rank;
+  const unsigned lanes = __ballot_sync(kAllLanes, sends);
+  if (lanes == 0) return;
+  const auto window =
+      reinterpret_cast<uint64_t>(sends ? arena.Row(epoch, rank, arena.rank, token) : nullptr);
+  const int4* from = static_cast<const int4*>(p.x) + token * vectors;
+  for (int begin = 0; begin < vectors; begin += 32 * kUnroll) {
+    const int first = begin + lane;
     int4 v[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u)
-      if (first + 32 * u < end) v[u] = ptx::ld_nc_no_allocate(from + first + 32 * u);
+      if (first + 32 * u < vectors) v[u] = ptx::ld_nc_no_allocate(from + first + 32 * u);
+    for (unsigned rest = lanes; rest != 0; rest &= rest - 1) {
+      int4* to = reinterpret_cast<int4*>(__shfl_sync(kAllLanes, window, __ffs(rest) - 1));
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u)
-      if (first + 32 * u < end) ptx::st_no_allocate(to + first + 32 * u, v[u]);
+      for (int u = 0; u < kUnroll; ++u)
+        if (first + 32 * u < vectors) ptx::st_no_allocate(to + first + 32 * u, v[u]);
+    }
+  }
+  if (p.weights == nullptr) return;
+  const float weight = lane < shape.topk ? p.weights[token * shape.topk + lane] : 0.0f;
+  for (unsigned rest = lanes; rest != 0; rest &= rest - 1) {
+    const int peer = __shfl_sync(kAllLanes, rank, __ffs(rest) - 1);
+    if (lane < shape.topk) arena.Scalars(epoch, peer, arena.rank, token)[lane] = weight;
   }
 }
 
-// Slots for one destination, as one warp of the block that sends them sees it.
-struct SendTask {
-  int peer;
-  int first;  // slot of the block
-  int slot;   // of this warp
-  int count;  // slots of the destination
-  int token;  // in `slot`, if that is less than `count`
-
-  __device__ SendTask(const MoEShape& shape, const Arena& arena, const DispatchParams& p,
-                      int task) {
-    const int peers = shape.num_ranks - 1;
-    // Every rank starts with another peer, so that no link is everybody's first.
-    peer = (arena.rank + 1 + static_cast<int>(task % peers)) % shape.num_ranks;
-    first = task / peers * kSlotsPerSend;
-    slot = first + threadIdx.x / 32 / kWarpsPerRow;
-    count = p.tables.send_counts[peer];
-    token = slot < count ? p.tables.send_tokens[peer * p.num_tokens + slot] : -1;
-  }
-};
-
-__device__ void Send(const MoEShape& shape, const Arena& arena, const DispatchParams& p,
-                     uint32_t epoch, int senders) {
-  const int vectors = NumVectors(shape), lane = threadIdx.x % 32,
-            part = threadIdx.x / 32 % kWarpsPerRow;
-  const int vectors_per_part = static_cast<int>(CeilDiv(vectors, kWarpsPerRow));
-  const int begin = part * vectors_per_part, end = min(begin + vectors_per_part, vectors);
-  const int tasks = static_cast<int>(CeilDiv(p.num_tokens, kSlotsPerSend)) * (shape.num_ranks - 1);
-  if (blockIdx.x >= tasks) return;
-  SendTask next(shape, arena, p, blockIdx.x);
-  for (int task = blockIdx.x; task < tasks; task += senders) {
-    const SendTask now = next;
-    // Looked up early: its latency passes while these slots are copied.
-    if (task + senders < tasks) next = SendTask(shape, arena, p, task + senders);
-    if (now.first >= now.count) continue;
-    if (now.slot < now.count) {
-      CopyVectors(arena.Row(epoch, now.peer, arena.rank, now.slot),
-                  static_cast<const int4*>(p.x) + int64_t{now.token} * vectors, begin, end);
-      if (p.weights != nullptr && part == 0 && lane < shape.topk)
-        arena.Scalars(epoch, now.peer, arena.rank, now.slot)[lane] =
-            p.weights[int64_t{now.token} * shape.topk + lane];
-    }
-    __syncthreads();
-    const int chunk = now.first + threadIdx.x * kSlotsPerChunk;
-    if (threadIdx.x < kSlotsPerSend / kSlotsPerChunk && chunk < now.count) {
-      ptx::fence_acq_rel_sys();
-      ptx::st_release_sys(arena.SlotFlag(now.peer, arena.rank, chunk), epoch);
-    }
+__device__ void Send(const MoEShape& shape, const Arena& arena, const Team& team,
+                     const DispatchParams& p, const int32_t* topk_ids, uint32_t epoch) {
+  const int per_chunk = arena.layout.tokens_per_chunk;
+  const int64_t chunks = CeilDiv(p.num_tokens, per_chunk);
+  Tasks tasks(team, &arena.Header()->send_tasks);
+  while (tasks.current() < chunks) {
+    const int64_t chunk = tasks.current(), first = chunk * per_chunk,
+                  last = min(first + per_chunk, p.num_tokens);
+    tasks.Ask();
+    for (int64_t token = first + team.warp; token < last; token += kTeamWarps)
+      SendToken(shape, arena, p, topk_ids, epoch, token);
+    tasks.Advance();
+    for (int peer = team.thread; peer < shape.num_ranks; peer += kTeamThreads)
+      if (peer != arena.rank) ptx::st_release_sys(arena.ChunkFlag(peer, arena.rank, chunk), epoch);
   }
 }
 
@@ -109,7 +106,6 @@ __device__ void ScaleRow(const DispatchParams& p, const int4* from, int vectors,
   int4* to = static_cast<int4*>(p.tokens) + row * vectors;
   const Sum<T> weight = p.row_weights[row];
   Sum<T> dot = 0;
-  constexpr int kUnroll = 2;  // two rows are read
   for (int first = threadIdx.x % 32; first < vectors; first += 32 * kUnroll) {
     int4 g[kUnroll], rows[kUnroll];
 #pragma unroll
@@ -134,7 +130,7 @@ __device__ void ScaleRow(const DispatchParams& p, const int4* from, int vectors,
   if (threadIdx.x % 32 == 0) p.row_scalars[row] = static_cast<float>(dot);
 }
 
-// Stores the weights that came with a slot beside its rows.
+// Stores the weights that came with a token beside its rows.
 __device__ void PlaceWeights(const MoEShape& shape, const DispatchParams& p, const float* weights,
                              int row, unsigned lanes) {
   const int lane = threadIdx.x % 32;
@@ -147,29 +143,28 @@ __device__ void PlaceWeights(const MoEShape& shape, const DispatchParams& p, con
   }
 }
 
-// What a receiving warp reads for one slot.
-struct SlotSource {
+// What a receiving warp reads of one token.
+struct TokenSource {
   const int4* row;
   const float* weights;
 
-  __device__ SlotSource(const MoEShape& shape, const Arena& arena, const DispatchParams& p,
-                        uint32_t epoch, int source, int64_t slot) {
+  __device__ TokenSource(const MoEShape& shape, const Arena& arena, const DispatchParams& p,
+                         uint32_t epoch, int source, int64_t token) {
     if (source == arena.rank) {
-      const int64_t token = p.tables.send_tokens[source * p.num_tokens + slot];
       row = static_cast<const int4*>(p.x) + token * NumVectors(shape);
       weights = p.weights + token * shape.topk;
     } else {
-      row = arena.Row(epoch, arena.rank, source, slot);
-      weights = arena.Scalars(epoch, arena.rank, source, slot);
+      row = arena.Row(epoch, arena.rank, source, token);
+      weights = arena.Scalars(epoch, arena.rank, source, token);
     }
   }
 };
 
-// One warp gives the rows of a slot what they are due, NaN if it never came. T is void where rows
-// are copied as bytes, and their element type where they are scaled.
+// One warp gives the rows of a token what they are due, NaN if it never came; lane k holds the k-th
+// row. T is void where rows are copied as bytes, and their element type where they are scaled.
 template <typename T>
-__device__ void ReceiveSlot(const MoEShape& shape, const DispatchParams& p, const SlotSource& from,
-                            int row, bool arrived) {
+__device__ void ReceiveToken(const MoEShape& shape, const DispatchParams& p,
+                             const TokenSource& from, int row, bool arrived) {
   const int vectors = NumVectors(shape);
   int4* tokens = static_cast<int4*>(p.tokens);
   const unsigned lanes = __ballot_sync(kAllLanes, row >= 0);
@@ -186,34 +181,37 @@ __device__ void ReceiveSlot(const MoEShape& shape, const DispatchParams& p, cons
   }
 }
 
-// One (source, kWarps slots) at a time, a warp per slot. One thread per chunk waits for all: flags
-// polled by every warp would slow down what they wait for.
+// A chunk of one source at a time, a warp per token. One thread waits for all: flags polled by
+// every warp would slow down what they wait for.
 template <typename T>
-__device__ void Receive(const MoEShape& shape, const Arena& arena, const DispatchParams& p,
-                        uint32_t epoch, int block, int blocks) {
-  __shared__ bool arrived[kWarps / kSlotsPerChunk];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, per_slot = shape.rows_per_slot();
-  const int64_t tasks_per_source = CeilDiv(p.num_tokens, kWarps);
-  for (int64_t task = block; task < tasks_per_source * shape.num_ranks; task += blocks) {
+__device__ void Receive(const MoEShape& shape, const Arena& arena, const Team& team,
+                        const DispatchParams& p, uint32_t epoch) {
+  const int lane = threadIdx.x % 32, per_token = shape.rows_per_token(), ranks = shape.num_ranks,
+            per_chunk = arena.layout.tokens_per_chunk;
+  const int64_t num_tasks = CeilDiv(p.num_tokens, per_chunk) * ranks;
+  Tasks tasks(team, &arena.Header()->receive_tasks);
+  while (tasks.current() < num_tasks) {
     // Own tokens are there from the start: they fill the time until others arrive.
-    const int source = (arena.rank + static_cast<int>(task % shape.num_ranks)) % shape.num_ranks;
-    const int64_t first = task / shape.num_ranks * kWarps, slot = first + warp;
-    const int64_t count = p.tables.recv_counts[source];
-    if (first >= count) continue;
+    const int source = (arena.rank + static_cast<int>(tasks.current() % ranks)) % ranks;
+    const int64_t chunk = tasks.current() / ranks, first = chunk * per_chunk,
+                  last = min(first + per_chunk, p.num_tokens);
+    const auto row_of = [&](int64_t token) {
+      return token < last && lane < per_token
+                 ? p.tables.recv_rows[(source * p.num_tokens + token) * per_token + lane]
+                 : static_cast<int32_t>(kNotMine);
+    };
+    tasks.Ask();
     // Fetched before the wait, so that its latency passes meanwhile.
-    const int32_t* rows = p.tables.recv_rows + (source * p.num_tokens + slot) * per_slot;
-    const int row = slot < count && lane < per_slot ? rows[lane] : -1;
-    if (source != arena.rank) {
-      const int64_t waited_for = first + threadIdx.x * kSlotsPerChunk;
-      if (threadIdx.x < kWarps / kSlotsPerChunk && waited_for < count)
-        arrived[threadIdx.x] = Wait(arena, arena.SlotFlag(arena.rank, source, waited_for), epoch,
-                                    source, Phase::kDispatch);
-      __syncthreads();
+    int row = row_of(first + team.warp);
+    bool arrived = true;
+    if (team.thread == 0 && source != arena.rank)
+      arrived =
+          Wait(arena, arena.ChunkFlag(arena.rank, source, chunk), epoch, source, Phase::kDispatch);
+    arrived = tasks.Advance(arrived);
+    for (int64_t token = first + team.warp; token < last; token += kTeamWarps) {
+      ReceiveToken<T>(shape, p, TokenSource(shape, arena, p, epoch, source, token), row, arrived);
+      row = row_of(token + kTeamWarps);
     }
-    if (slot < count)
-      ReceiveSlot<T>(shape, p, SlotSource(shape, arena, p, epoch, source, slot), row,
-                     source == arena.rank || arrived[warp / kSlotsPerChunk]);
-    if (source != arena.rank) __syncthreads();  // before `arrived` is written again
   }
 }
 
@@ -243,19 +241,21 @@ __device__ void FillPadding(const MoEShape& shape, const DispatchParams& p, int 
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 1)
-    DispatchKernel(MoEShape shape, Arena arena, DispatchParams p, int senders) {
+    DispatchKernel(MoEShape shape, Arena arena, DispatchParams p, const int32_t* topk_ids,
+                   int senders) {
+  const Team team;
   const uint32_t epoch = EnterEpoch(arena);
   const int block = static_cast<int>(blockIdx.x) - senders,
             blocks = static_cast<int>(gridDim.x) - senders;
+  if (block < 0) Send(shape, arena, team, p, topk_ids, epoch);
+  // From here on the tables are read, which a fresh dispatch gets from the kernel before.
+  if (topk_ids != nullptr) ptx::griddepcontrol_wait();
   if (p.tables.status[kCode] != 0) {
-    // Every rank knows, so nobody sends.
     FillRows(shape, p, 0, shape.capacity, blockIdx.x, gridDim.x, NaNs(shape.dtype),
              __int_as_float(0x7fc00000));
-  } else if (block < 0) {
-    Send(shape, arena, p, epoch, senders);
   } else {
-    FillPadding(shape, p, block, blocks);
-    Receive<T>(shape, arena, p, epoch, block, blocks);
+    if (block >= 0) FillPadding(shape, p, block, blocks);
+    Receive<T>(shape, arena, team, p, epoch);
   }
   LeaveEpoch(arena, epoch, Phase::kDispatch);
 }
@@ -263,16 +263,18 @@ __global__ void __launch_bounds__(kThreads, 1)
 }  // namespace
 
 cudaError_t LaunchDispatch(const MoEShape& shape, const Arena& arena, const DispatchParams& params,
-                           Blocks blocks, cudaStream_t stream) {
+                           const int32_t* topk_ids, Blocks blocks, cudaStream_t stream) {
   const auto launch = [&](auto* kernel) {
-    kernel<<<blocks.total, kThreads, 0, stream>>>(shape, arena, params, blocks.senders);
+    if (topk_ids != nullptr)
+      return LaunchOverlapping(kernel, blocks.total, kThreads, 0, stream, shape, arena, params,
+                               topk_ids, blocks.senders);
+    kernel<<<blocks.total, kThreads, 0, stream>>>(shape, arena, params, topk_ids, blocks.senders);
+    return cudaGetLastError();
   };
-  if (params.y == nullptr)
-    launch(DispatchKernel<void>);
-  else
-    VisitDType(shape.dtype,
-               [&](auto* t) { launch(DispatchKernel<std::remove_pointer_t<decltype(t)>>); });
-  return cudaGetLastError();
+  if (params.y == nullptr) return launch(DispatchKernel<void>);
+  return VisitDType(shape.dtype, [&](auto* t) {
+    return launch(DispatchKernel<std::remove_pointer_t<decltype(t)>>);
+  });
 }
 
 cudaError_t LoadDispatch(const MoEShape& shape) {

@@ -1,4 +1,4 @@
-// Launchers of the three ops. Kernels only: no allocation, no synchronisation, nothing computed on
+// Launchers of the ops. Kernels only: no allocation, no synchronisation, nothing computed on
 // the host that differs between calls, so that a captured launch can be replayed.
 #ifndef JAX_EP_CUDA_OPS_H_
 #define JAX_EP_CUDA_OPS_H_
@@ -16,17 +16,38 @@ struct Blocks {
   int senders;
 };
 
-cudaError_t LaunchRoute(const MoEShape& shape, const Arena& arena, const RouteParams& params,
-                        cudaStream_t stream);
+// The two kernels of routing, which belong to the exchange of the dispatch that has to follow them.
+cudaError_t LaunchExchange(const MoEShape& shape, const Arena& arena, const RouteParams& params,
+                           cudaStream_t stream);
+cudaError_t LaunchPlacement(const MoEShape& shape, const Arena& arena, const RouteParams& params,
+                            cudaStream_t stream);
+// With `topk_ids`, overlaps the routing launched before it; without, its tables are there already.
 cudaError_t LaunchDispatch(const MoEShape& shape, const Arena& arena, const DispatchParams& params,
-                           Blocks blocks, cudaStream_t stream);
+                           const int32_t* topk_ids, Blocks blocks, cudaStream_t stream);
 cudaError_t LaunchCombine(const MoEShape& shape, const Arena& arena, const CombineParams& params,
                           Blocks blocks, cudaStream_t stream);
 
+// The ceilings that the benchmark measures. `done` is written so that XLA has a result.
+struct StoresParams {
+  int64_t num_tokens, repeats;  // rows of x that go to each peer, and how often
+  const void* x;                // [T, H]
+  int32_t* done;                // [1]
+};
+struct FlagsParams {
+  uint32_t rounds;
+  int32_t* done;  // [1]
+};
+cudaError_t LaunchStores(const MoEShape& shape, const Arena& arena, const StoresParams& params,
+                         cudaStream_t stream);
+cudaError_t LaunchFlags(const MoEShape& shape, const Arena& arena, const FlagsParams& params,
+                        cudaStream_t stream);
+
 // Loads the kernels on the current device, so that none is first loaded while a peer waits.
-cudaError_t LoadRoute(const MoEShape& shape);
+cudaError_t LoadExchange(const MoEShape& shape);
+cudaError_t LoadPlacement(const MoEShape& shape);
 cudaError_t LoadDispatch(const MoEShape& shape);
 cudaError_t LoadCombine(const MoEShape& shape);
+cudaError_t LoadCeilings(const MoEShape& shape);
 
 }  // namespace jax_ep::cuda
 

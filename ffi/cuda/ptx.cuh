@@ -30,6 +30,32 @@ __device__ __forceinline__ void fence_acq_rel_sys() {
   asm volatile("fence.acq_rel.sys;" ::: "memory");
 }
 
+// Waits for `threads` threads of the block to come to barrier `id`, and makes their earlier writes
+// visible to all of them. True if `value` was true for all.
+__device__ __forceinline__ bool barrier_red_and(int id, int threads, bool value) {
+  int all;
+  asm volatile(
+      "{ .reg .pred p, q; setp.ne.s32 p, %3, 0; barrier.cta.red.and.pred q, %1, %2, p; "
+      "selp.s32 %0, 1, 0, q; }"
+      : "=r"(all)
+      : "r"(id), "r"(threads), "r"(static_cast<int>(value))
+      : "memory");
+  return all != 0;
+}
+__device__ __forceinline__ void barrier_sync(int id, int threads) {
+  asm volatile("barrier.cta.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Lets the next kernel of the stream start, if it was launched to overlap this one.
+__device__ __forceinline__ void griddepcontrol_launch_dependents() {
+  asm volatile("griddepcontrol.launch_dependents;");
+}
+// Waits until the kernels before this one in the stream are over, and makes what they wrote
+// visible.
+__device__ __forceinline__ void griddepcontrol_wait() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
 // A streaming load of data that nobody writes while the kernel runs.
 __device__ __forceinline__ int4 ld_nc_no_allocate(const int4* at) {
   int4 v;

@@ -50,6 +50,61 @@ __device__ inline bool Wait(const Arena& arena, const uint32_t* flag, uint32_t e
   return false;
 }
 
+// Warps of a block that work on a task of their own: while one team waits for a flag, or for its
+// writes to reach a peer, the others of the block go on.
+constexpr int kTeamThreads = 256;
+constexpr int kTeamWarps = kTeamThreads / 32;
+constexpr int kMaxTeams = 1024 / kTeamThreads;
+
+struct Team {
+  int index;   // in the block
+  int thread;  // in the team
+  int warp;    // in the team
+
+  __device__ Team()
+      : index(threadIdx.x / kTeamThreads),
+        thread(threadIdx.x % kTeamThreads),
+        warp(threadIdx.x % kTeamThreads / 32) {}
+  // Makes the team's earlier writes visible to all of the team. Barrier 0 is the block's.
+  __device__ void Sync() const { ptx::barrier_sync(index + 1, kTeamThreads); }
+  __device__ bool SyncAnd(bool value) const {
+    return ptx::barrier_red_and(index + 1, kTeamThreads, value);
+  }
+};
+
+// Deals tasks 0, 1, 2, ... out to the teams of all blocks: who is done first gets the next, so that
+// all end together. The next task is asked for while the present one is worked on.
+class Tasks {
+ public:
+  __device__ Tasks(const Team& team, uint32_t* counter) : team_(team), counter_(counter) {
+    Ask();
+    team.Sync();  // earlier tasks may still be read
+    Advance();
+  }
+  __device__ uint32_t current() const { return current_; }
+  // To be called early in a task.
+  __device__ void Ask() {
+    if (team_.thread == 0) asked_ = atomicAdd(counter_, 1);
+  }
+  // Synchronises the team, and moves on to the task that was asked for. True if `value` was true
+  // for all.
+  __device__ bool Advance(bool value = true) {
+    __shared__ uint32_t next[2][kMaxTeams];
+    // In turns: a slow thread may still read the last one.
+    turn_ ^= 1;
+    if (team_.thread == 0) next[turn_][team_.index] = asked_;
+    const bool all = team_.SyncAnd(value);
+    current_ = next[turn_][team_.index];
+    return all;
+  }
+
+ private:
+  const Team& team_;
+  uint32_t* const counter_;
+  uint32_t current_, asked_;
+  int turn_ = 0;
+};
+
 // Starts an exchange; to be called by all threads of all blocks. Returns its epoch.
 __device__ inline uint32_t EnterEpoch(const Arena& arena) {
   __shared__ uint32_t epoch;
@@ -61,27 +116,34 @@ __device__ inline uint32_t EnterEpoch(const Arena& arena) {
   return epoch;
 }
 
-// Ends an exchange; to be called by all threads of all blocks. The last block to come waits until
-// every peer has entered, without which the next epoch could overrun a slow one, and moves the
-// epoch on. True in that block, which then sees what all others wrote.
-__device__ inline bool LeaveEpoch(const Arena& arena, uint32_t epoch, Phase phase) {
+// True in the last block of the grid to come, which then sees what all others wrote. `counter`
+// starts at 0, and is set back to it.
+__device__ inline bool IsLastBlock(uint32_t* counter) {
   __shared__ bool is_last;
   __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence();
-    is_last = atomicAdd(&arena.Header()->blocks_done, 1) == gridDim.x - 1;
+    is_last = atomicAdd(counter, 1) == gridDim.x - 1;
     __threadfence();
+    if (is_last) *counter = 0;
   }
   __syncthreads();
-  if (!is_last) return false;
+  return is_last;
+}
+
+// Ends an exchange; to be called by all threads of all blocks. The last block to come waits until
+// every peer has entered, without which the next epoch could overrun a slow one, and moves the
+// epoch on.
+__device__ inline void LeaveEpoch(const Arena& arena, uint32_t epoch, Phase phase) {
+  ArenaHeader* header = arena.Header();
+  if (!IsLastBlock(&header->blocks_done)) return;
   for (int peer = threadIdx.x; peer < arena.layout.num_ranks; peer += blockDim.x)
     Wait(arena, arena.Ready(arena.rank, peer), epoch, peer, phase);
   __syncthreads();
   if (threadIdx.x == 0) {
-    arena.Header()->blocks_done = 0;
-    arena.Header()->epoch = epoch;
+    header->send_tasks = header->receive_tasks = 0;
+    header->epoch = epoch;
   }
-  return true;
 }
 
 }  // namespace jax_ep::cuda

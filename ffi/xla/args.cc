@@ -41,56 +41,70 @@ int64_t Rows(const ffi::AnyBuffer& buffer) {
   return buffer.dimensions().size() == 0 ? 0 : buffer.dimensions()[0];
 }
 
+// What every dispatch has; with `scaled`, one scalar per row.
+DispatchParams ParseRows(const MoEShape& shape, const ffi::AnyBuffer& x, const Floats& weights,
+                         const Ints& tables, bool scaled, AnyOut tokens, FloatsOut row_scalars,
+                         Checks* checks) {
+  const int64_t num_tokens = Rows(x), rows = shape.capacity;
+  const RouteTablesLayout layout(shape, num_tokens);
+  checks->Type("x", x.element_type(), shape.dtype);
+  checks->Type("tokens", tokens->element_type(), shape.dtype);
+  checks->Elements("x", Size(x), num_tokens * shape.hidden_size);
+  if (Size(weights) > 0) checks->Elements("weights", Size(weights), num_tokens * shape.topk);
+  checks->Elements("tables", Size(tables), layout.size);
+  checks->Elements("tokens", Size(*tokens), rows * shape.hidden_size);
+  if (Size(*row_scalars) > 0 || Size(weights) > 0 || scaled)
+    checks->Elements("row_scalars", Size(*row_scalars),
+                     rows * (scaled ? 1 : shape.weights_per_row()));
+  if (num_tokens > shape.max_tokens_per_rank)
+    checks->Elements("tokens", num_tokens, shape.max_tokens_per_rank);
+  return {num_tokens, x.untyped_data(), OrNull(weights),        layout.At(tables.typed_data()),
+          nullptr,    nullptr,          tokens->untyped_data(), OrNull(*row_scalars)};
+}
+
 }  // namespace
 
-ffi::ErrorOr<RouteParams> ParseRoute(const MoEShape& shape, Ints topk_ids, IntsOut tables,
-                                     IntsOut num_tokens_per_expert, IntsOut offsets,
-                                     IntsOut num_dropped, IntsOut recv_topk_ids) {
-  const int64_t tokens = Size(topk_ids) / shape.topk;
-  const RouteTablesLayout layout(shape, tokens);
+ffi::ErrorOr<FreshDispatchParams> ParseDispatch(const MoEShape& shape, Ints topk_ids,
+                                                ffi::AnyBuffer x, Floats weights, IntsOut tables,
+                                                IntsOut num_tokens_per_expert, IntsOut offsets,
+                                                IntsOut num_dropped, IntsOut recv_topk_ids,
+                                                AnyOut tokens, FloatsOut row_scalars) {
   const bool rank_major = shape.layout == OutputLayout::kRankMajor;
   Checks checks;
-  checks.Elements("topk_ids", Size(topk_ids), tokens * shape.topk);
-  checks.Elements("tables", Size(*tables), layout.size);
+  const DispatchParams dispatch =
+      ParseRows(shape, x, weights, *tables, /*scaled=*/false, tokens, row_scalars, &checks);
+  checks.Elements("topk_ids", Size(topk_ids), dispatch.num_tokens * shape.topk);
   checks.Elements("num_tokens_per_expert", Size(*num_tokens_per_expert), shape.local_experts());
   checks.Elements("offsets", Size(*offsets), shape.num_row_groups() + 1);
   checks.Elements("num_dropped", Size(*num_dropped), 1);
   checks.Elements("recv_topk_ids", Size(*recv_topk_ids),
                   rank_major ? shape.capacity * shape.topk : 0);
-  if (tokens > shape.max_tokens_per_rank)
-    checks.Elements("tokens", tokens, shape.max_tokens_per_rank);
-  return checks.Result(RouteParams{tokens, topk_ids.typed_data(), layout.At(tables->typed_data()),
-                                   num_tokens_per_expert->typed_data(), offsets->typed_data(),
-                                   num_dropped->typed_data(), recv_topk_ids->typed_data()});
+  const RouteParams route{dispatch.num_tokens,
+                          topk_ids.typed_data(),
+                          dispatch.tables,
+                          num_tokens_per_expert->typed_data(),
+                          offsets->typed_data(),
+                          num_dropped->typed_data(),
+                          recv_topk_ids->typed_data()};
+  return checks.Result(FreshDispatchParams{route, dispatch});
 }
 
-ffi::ErrorOr<DispatchParams> ParseDispatch(const MoEShape& shape, ffi::AnyBuffer x, Floats weights,
-                                           Ints tables, ffi::AnyBuffer y, Floats row_weights,
-                                           AnyOut tokens, FloatsOut row_scalars) {
-  const int64_t num_tokens = Rows(x), rows = shape.capacity;
-  const RouteTablesLayout layout(shape, num_tokens);
+ffi::ErrorOr<DispatchParams> ParseDispatchCached(const MoEShape& shape, ffi::AnyBuffer x,
+                                                 Floats weights, Ints tables, ffi::AnyBuffer y,
+                                                 Floats row_weights, AnyOut tokens,
+                                                 FloatsOut row_scalars) {
   const bool scaled = Size(row_weights) > 0;
   Checks checks;
-  checks.Type("x", x.element_type(), shape.dtype);
-  checks.Type("tokens", tokens->element_type(), shape.dtype);
-  checks.Elements("x", Size(x), num_tokens * shape.hidden_size);
-  if (Size(weights) > 0) checks.Elements("weights", Size(weights), num_tokens * shape.topk);
-  checks.Elements("tables", Size(tables), layout.size);
-  checks.Elements("tokens", Size(*tokens), rows * shape.hidden_size);
+  DispatchParams dispatch =
+      ParseRows(shape, x, weights, tables, scaled, tokens, row_scalars, &checks);
   if (scaled) {
     checks.Type("y", y.element_type(), shape.dtype);
-    checks.Elements("y", Size(y), rows * shape.hidden_size);
-    checks.Elements("row_weights", Size(row_weights), rows);
+    checks.Elements("y", Size(y), shape.capacity * shape.hidden_size);
+    checks.Elements("row_weights", Size(row_weights), shape.capacity);
+    dispatch.y = y.untyped_data();
+    dispatch.row_weights = row_weights.typed_data();
   }
-  if (Size(*row_scalars) > 0 || scaled)
-    checks.Elements("row_scalars", Size(*row_scalars),
-                    rows * (scaled ? 1 : shape.weights_per_row()));
-  if (num_tokens > shape.max_tokens_per_rank)
-    checks.Elements("tokens", num_tokens, shape.max_tokens_per_rank);
-  return checks.Result(DispatchParams{num_tokens, x.untyped_data(), OrNull(weights),
-                                      layout.At(tables.typed_data()),
-                                      scaled ? y.untyped_data() : nullptr, OrNull(row_weights),
-                                      tokens->untyped_data(), OrNull(*row_scalars)});
+  return checks.Result(dispatch);
 }
 
 ffi::ErrorOr<CombineParams> ParseCombine(const MoEShape& shape, ffi::AnyBuffer y,

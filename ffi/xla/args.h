@@ -23,18 +23,22 @@ using AnyOut = ffi::Result<ffi::AnyBuffer>;
 // The operands and results of each op, in the order of its handlers' parameters. `begin` binds what
 // the backend needs before them.
 template <typename Binding>
-auto BindRoute(Binding begin) {
+auto BindDispatch(Binding begin) {
   return std::move(begin)
       .template Attr<int64_t>("comm")
-      .template Arg<Ints>()   // topk_ids
-      .template Ret<Ints>()   // tables
-      .template Ret<Ints>()   // num_tokens_per_expert
-      .template Ret<Ints>()   // offsets
-      .template Ret<Ints>()   // num_dropped
-      .template Ret<Ints>();  // recv_topk_ids
+      .template Arg<Ints>()            // topk_ids
+      .template Arg<ffi::AnyBuffer>()  // x
+      .template Arg<Floats>()          // weights, or empty
+      .template Ret<Ints>()            // tables
+      .template Ret<Ints>()            // num_tokens_per_expert
+      .template Ret<Ints>()            // offsets
+      .template Ret<Ints>()            // num_dropped
+      .template Ret<Ints>()            // recv_topk_ids
+      .template Ret<ffi::AnyBuffer>()  // tokens
+      .template Ret<Floats>();         // row_scalars, or empty
 }
 template <typename Binding>
-auto BindDispatch(Binding begin) {
+auto BindDispatchCached(Binding begin) {
   return std::move(begin)
       .template Attr<int64_t>("comm")
       .template Arg<ffi::AnyBuffer>()  // x
@@ -57,12 +61,15 @@ auto BindCombine(Binding begin) {
       .template Ret<Floats>();         // token_scalars, or empty
 }
 
-ffi::ErrorOr<RouteParams> ParseRoute(const MoEShape& shape, Ints topk_ids, IntsOut tables,
-                                     IntsOut num_tokens_per_expert, IntsOut offsets,
-                                     IntsOut num_dropped, IntsOut recv_topk_ids);
-ffi::ErrorOr<DispatchParams> ParseDispatch(const MoEShape& shape, ffi::AnyBuffer x, Floats weights,
-                                           Ints tables, ffi::AnyBuffer y, Floats row_weights,
-                                           AnyOut tokens, FloatsOut row_scalars);
+ffi::ErrorOr<FreshDispatchParams> ParseDispatch(const MoEShape& shape, Ints topk_ids,
+                                                ffi::AnyBuffer x, Floats weights, IntsOut tables,
+                                                IntsOut num_tokens_per_expert, IntsOut offsets,
+                                                IntsOut num_dropped, IntsOut recv_topk_ids,
+                                                AnyOut tokens, FloatsOut row_scalars);
+ffi::ErrorOr<DispatchParams> ParseDispatchCached(const MoEShape& shape, ffi::AnyBuffer x,
+                                                 Floats weights, Ints tables, ffi::AnyBuffer y,
+                                                 Floats row_weights, AnyOut tokens,
+                                                 FloatsOut row_scalars);
 ffi::ErrorOr<CombineParams> ParseCombine(const MoEShape& shape, ffi::AnyBuffer y,
                                          Floats row_weights, Floats row_scalars, Ints tables,
                                          AnyOut out, FloatsOut token_scalars);

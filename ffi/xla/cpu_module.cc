@@ -66,6 +66,32 @@ ffi::Future Failed(ffi::Error error) {
   return future;
 }
 
+// The steps of an op, one after the other.
+using Steps = std::deque<cpu::OpParams>;
+Steps StepsOf(const FreshDispatchParams& params) { return {params.route, params.dispatch}; }
+Steps StepsOf(const DispatchParams& params) { return {params}; }
+Steps StepsOf(const CombineParams& params) { return {params}; }
+
+// Submits the first step, and the others once that is done. They share a key: by then no rank waits
+// for the step before, and processes tell steps apart by their phase.
+void SubmitSteps(int64_t comm, int32_t ordinal, const cpu::OpKey& key, Steps steps,
+                 std::shared_ptr<ffi::Promise> promise) {
+  const auto communicator = Communicators::Get().Find(comm);
+  if (communicator == nullptr) return promise->SetError(Destroyed());
+  const double timeout_s = communicator->spec().timeout_s;
+  const cpu::OpParams step = steps.front();
+  steps.pop_front();
+  communicator->Submit(ordinal, key, step, [=](const ErrorRecord& error) {
+    if (error.code == ErrorCode::kTimeout)
+      promise->SetError(ffi::Error(ffi::ErrorCode::kDeadlineExceeded,
+                                   "jax_ep: " + DescribeTimeout(error, timeout_s)));
+    else if (!steps.empty())
+      SubmitSteps(comm, ordinal, key, steps, promise);
+    else
+      promise->SetAvailable();
+  });
+}
+
 template <typename Params, typename... Buffers>
 ffi::Future Submit(ffi::ErrorOr<Params> (*parse)(const MoEShape&, Buffers...), int32_t ordinal,
                    ffi::RunId run, CallSite* site, int64_t comm, Buffers... buffers) {
@@ -76,34 +102,26 @@ ffi::Future Submit(ffi::ErrorOr<Params> (*parse)(const MoEShape&, Buffers...), i
   if (params.has_error()) return Failed(params.error());
   const auto promise = std::make_shared<ffi::Promise>();
   ffi::Future future(*promise);
-  const double timeout_s = communicator->spec().timeout_s;
-  communicator->Submit(
-      ordinal, site->NextKey(run.run_id, ordinal), params.value(),
-      [promise, timeout_s](const ErrorRecord& error) {
-        if (error.code == ErrorCode::kTimeout)
-          promise->SetError(ffi::Error(ffi::ErrorCode::kDeadlineExceeded,
-                                       "jax_ep: " + DescribeTimeout(error, timeout_s)));
-        else
-          promise->SetAvailable();
-      });
+  SubmitSteps(comm, ordinal, site->NextKey(run.run_id, ordinal), StepsOf(params.value()), promise);
   return future;
 }
 
-ffi::Future Route(int32_t ordinal, ffi::RunId run, CallSite* site, int64_t comm, Ints topk_ids,
-                  IntsOut tables, IntsOut num_tokens_per_expert, IntsOut offsets,
-                  IntsOut num_dropped, IntsOut recv_topk_ids) {
-  return Submit(ParseRoute, ordinal, run, site, comm, topk_ids, tables, num_tokens_per_expert,
-                offsets, num_dropped, recv_topk_ids);
-}
-XLA_FFI_DEFINE_HANDLER(kRoute, Route, BindRoute(BindCall()));
-
-ffi::Future Dispatch(int32_t ordinal, ffi::RunId run, CallSite* site, int64_t comm,
-                     ffi::AnyBuffer x, Floats weights, Ints tables, ffi::AnyBuffer y,
-                     Floats row_weights, AnyOut tokens, FloatsOut row_scalars) {
-  return Submit(ParseDispatch, ordinal, run, site, comm, x, weights, tables, y, row_weights, tokens,
-                row_scalars);
+ffi::Future Dispatch(int32_t ordinal, ffi::RunId run, CallSite* site, int64_t comm, Ints topk_ids,
+                     ffi::AnyBuffer x, Floats weights, IntsOut tables,
+                     IntsOut num_tokens_per_expert, IntsOut offsets, IntsOut num_dropped,
+                     IntsOut recv_topk_ids, AnyOut tokens, FloatsOut row_scalars) {
+  return Submit(ParseDispatch, ordinal, run, site, comm, topk_ids, x, weights, tables,
+                num_tokens_per_expert, offsets, num_dropped, recv_topk_ids, tokens, row_scalars);
 }
 XLA_FFI_DEFINE_HANDLER(kDispatch, Dispatch, BindDispatch(BindCall()));
+
+ffi::Future DispatchCached(int32_t ordinal, ffi::RunId run, CallSite* site, int64_t comm,
+                           ffi::AnyBuffer x, Floats weights, Ints tables, ffi::AnyBuffer y,
+                           Floats row_weights, AnyOut tokens, FloatsOut row_scalars) {
+  return Submit(ParseDispatchCached, ordinal, run, site, comm, x, weights, tables, y, row_weights,
+                tokens, row_scalars);
+}
+XLA_FFI_DEFINE_HANDLER(kDispatchCached, DispatchCached, BindDispatchCached(BindCall()));
 
 ffi::Future Combine(int32_t ordinal, ffi::RunId run, CallSite* site, int64_t comm, ffi::AnyBuffer y,
                     Floats row_weights, Floats row_scalars, Ints tables, AnyOut out,
@@ -156,8 +174,8 @@ nb::dict Registrations() {
     stages["execute"] = Capsule(execute);
     targets[name] = stages;
   };
-  add("jax_ep_route", +kRoute);
   add("jax_ep_dispatch", +kDispatch);
+  add("jax_ep_dispatch_cached", +kDispatchCached);
   add("jax_ep_combine", +kCombine);
   return targets;
 }

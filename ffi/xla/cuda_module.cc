@@ -31,18 +31,20 @@ ffi::Error Launch(ffi::ErrorOr<Params> (*parse)(const MoEShape&, Buffers...),
   return error.empty() ? ffi::Error::Success() : ffi::Error::Internal("jax_ep: " + error);
 }
 
-ffi::Error Route(int32_t ordinal, cudaStream_t stream, int64_t comm, Ints topk_ids, IntsOut tables,
-                 IntsOut num_tokens_per_expert, IntsOut offsets, IntsOut num_dropped,
-                 IntsOut recv_topk_ids) {
-  return Launch(ParseRoute, &cuda::Communicator::Route, ordinal, stream, comm, topk_ids, tables,
-                num_tokens_per_expert, offsets, num_dropped, recv_topk_ids);
+ffi::Error Dispatch(int32_t ordinal, cudaStream_t stream, int64_t comm, Ints topk_ids,
+                    ffi::AnyBuffer x, Floats weights, IntsOut tables, IntsOut num_tokens_per_expert,
+                    IntsOut offsets, IntsOut num_dropped, IntsOut recv_topk_ids, AnyOut tokens,
+                    FloatsOut row_scalars) {
+  return Launch(ParseDispatch, &cuda::Communicator::Dispatch, ordinal, stream, comm, topk_ids, x,
+                weights, tables, num_tokens_per_expert, offsets, num_dropped, recv_topk_ids, tokens,
+                row_scalars);
 }
 
-ffi::Error Dispatch(int32_t ordinal, cudaStream_t stream, int64_t comm, ffi::AnyBuffer x,
-                    Floats weights, Ints tables, ffi::AnyBuffer y, Floats row_weights,
-                    AnyOut tokens, FloatsOut row_scalars) {
-  return Launch(ParseDispatch, &cuda::Communicator::Dispatch, ordinal, stream, comm, x, weights,
-                tables, y, row_weights, tokens, row_scalars);
+ffi::Error DispatchCached(int32_t ordinal, cudaStream_t stream, int64_t comm, ffi::AnyBuffer x,
+                          Floats weights, Ints tables, ffi::AnyBuffer y, Floats row_weights,
+                          AnyOut tokens, FloatsOut row_scalars) {
+  return Launch(ParseDispatchCached, &cuda::Communicator::DispatchCached, ordinal, stream, comm, x,
+                weights, tables, y, row_weights, tokens, row_scalars);
 }
 
 ffi::Error Combine(int32_t ordinal, cudaStream_t stream, int64_t comm, ffi::AnyBuffer y,
@@ -52,11 +54,55 @@ ffi::Error Combine(int32_t ordinal, cudaStream_t stream, int64_t comm, ffi::AnyB
                 row_scalars, tables, out, token_scalars);
 }
 
+ffi::Error TooFewRanks() {
+  return ffi::Error::InvalidArgument("jax_ep: a ceiling of the link needs 2 ranks or more");
+}
+
+ffi::Error CeilingStores(int32_t ordinal, cudaStream_t stream, int64_t comm, int64_t repeats,
+                         ffi::AnyBuffer x, IntsOut done) {
+  const auto parse = +[](const MoEShape& shape, int64_t repeats, ffi::AnyBuffer x,
+                         IntsOut done) -> ffi::ErrorOr<cuda::StoresParams> {
+    const auto rows = static_cast<int64_t>(x.size_bytes()) / shape.row_bytes();
+    if (shape.num_ranks < 2) return ffi::Unexpected(TooFewRanks());
+    if (rows < 1 || rows > shape.max_tokens_per_rank || done->element_count() != 1)
+      return ffi::Unexpected(ffi::Error::InvalidArgument("jax_ep: x: expected 1 to " +
+                                                         std::to_string(shape.max_tokens_per_rank) +
+                                                         " rows, got " + std::to_string(rows)));
+    return cuda::StoresParams{rows, repeats, x.untyped_data(), done->typed_data()};
+  };
+  return Launch(parse, &cuda::Communicator::Stores, ordinal, stream, comm, repeats, x, done);
+}
+
+ffi::Error CeilingFlags(int32_t ordinal, cudaStream_t stream, int64_t comm, int64_t rounds,
+                        Ints /*after*/, IntsOut done) {
+  const auto parse =
+      +[](const MoEShape& shape, int64_t rounds, IntsOut done) -> ffi::ErrorOr<cuda::FlagsParams> {
+    if (shape.num_ranks < 2) return ffi::Unexpected(TooFewRanks());
+    return cuda::FlagsParams{static_cast<uint32_t>(rounds), done->typed_data()};
+  };
+  return Launch(parse, &cuda::Communicator::Flags, ordinal, stream, comm, rounds, done);
+}
+
 // A launch depends on nothing that the host computes per call, so it may be captured and replayed.
-XLA_FFI_DEFINE_HANDLER(kRoute, Route, BindRoute(BindCall()), {ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER(kDispatch, Dispatch, BindDispatch(BindCall()),
                        {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(kDispatchCached, DispatchCached, BindDispatchCached(BindCall()),
+                       {ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER(kCombine, Combine, BindCombine(BindCall()),
+                       {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(kCeilingStores, CeilingStores,
+                       BindCall()
+                           .Attr<int64_t>("comm")
+                           .Attr<int64_t>("repeats")
+                           .Arg<ffi::AnyBuffer>()  // x
+                           .Ret<Ints>(),           // done
+                       {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(kCeilingFlags, CeilingFlags,
+                       BindCall()
+                           .Attr<int64_t>("comm")
+                           .Attr<int64_t>("rounds")
+                           .Arg<Ints>()   // what it comes after
+                           .Ret<Ints>(),  // done
                        {ffi::Traits::kCmdBufferCompatible});
 
 // The communicator as Python holds it; the registry holds it for the handlers.
@@ -98,9 +144,11 @@ class PyCommunicator {
 
 nb::dict Registrations() {
   nb::dict targets;
-  targets["jax_ep_route"] = Capsule(+kRoute);
   targets["jax_ep_dispatch"] = Capsule(+kDispatch);
+  targets["jax_ep_dispatch_cached"] = Capsule(+kDispatchCached);
   targets["jax_ep_combine"] = Capsule(+kCombine);
+  targets["jax_ep_ceiling_stores"] = Capsule(+kCeilingStores);
+  targets["jax_ep_ceiling_flags"] = Capsule(+kCeilingFlags);
   return targets;
 }
 

@@ -65,7 +65,7 @@ RouteTables OnDevice(const MoEShape& shape, int64_t tokens, const RouteTables& h
                      Mirror& mirror) {
   const RouteTablesLayout layout(shape, tokens);
   // The first table starts the buffer.
-  return layout.At(mirror(host.send_slots, layout.size * 4));
+  return layout.At(mirror(host.send_ranks, layout.size * 4));
 }
 
 RouteParams OnDevice(const MoEShape& shape, RouteParams p, Mirror& mirror) {
@@ -79,17 +79,22 @@ RouteParams OnDevice(const MoEShape& shape, RouteParams p, Mirror& mirror) {
   return p;
 }
 
-DispatchParams OnDevice(const MoEShape& shape, DispatchParams p, Mirror& mirror) {
+DispatchParams OnDevice(const MoEShape& shape, DispatchParams p, const RouteTables& tables,
+                        Mirror& mirror) {
   const int64_t rows = shape.capacity, row_bytes = shape.row_bytes();
   const int64_t scalars = p.y != nullptr ? 1 : shape.weights_per_row();
   p.x = mirror(p.x, p.num_tokens * row_bytes);
   p.weights = mirror(p.weights, p.num_tokens * shape.topk * 4);
-  p.tables = OnDevice(shape, p.num_tokens, p.tables, mirror);
+  p.tables = tables;
   p.y = mirror(p.y, rows * row_bytes);
   p.row_weights = mirror(p.row_weights, rows * 4);
   p.tokens = mirror(p.tokens, rows * row_bytes);
   p.row_scalars = mirror(p.row_scalars, rows * scalars * 4);
   return p;
+}
+
+DispatchParams OnDevice(const MoEShape& shape, const DispatchParams& p, Mirror& mirror) {
+  return OnDevice(shape, p, OnDevice(shape, p.num_tokens, p.tables, mirror), mirror);
 }
 
 CombineParams OnDevice(const MoEShape& shape, CombineParams p, Mirror& mirror) {
@@ -103,30 +108,74 @@ CombineParams OnDevice(const MoEShape& shape, CombineParams p, Mirror& mirror) {
   return p;
 }
 
-std::string Launch(cuda::Communicator& communicator, int rank, const RouteParams& p) {
-  return communicator.Route(rank, p, nullptr);
-}
-std::string Launch(cuda::Communicator& communicator, int rank, const DispatchParams& p) {
-  return communicator.Dispatch(rank, p, nullptr);
-}
-std::string Launch(cuda::Communicator& communicator, int rank, const CombineParams& p) {
-  return communicator.Combine(rank, p, nullptr);
+FreshDispatchParams OnDevice(const MoEShape& shape, const FreshDispatchParams& p, Mirror& mirror) {
+  const RouteParams route = OnDevice(shape, p.route, mirror);
+  DispatchParams dispatch = OnDevice(shape, p.dispatch, route.tables, mirror);
+  return {route, dispatch};
 }
 
+// What runs on the GPU for one op of one rank.
+using CudaParams = std::variant<FreshDispatchParams, DispatchParams, CombineParams>;
+
+enum class Step { kFresh, kCached, kScaled, kCombine };
+
+CudaParams ParamsOf(RankWalk& walk, Step step) {
+  const auto dispatch = [&](RankWalk::Step s) { return std::get<DispatchParams>(walk.Op(s)); };
+  switch (step) {
+    case Step::kFresh:
+      return FreshDispatchParams{std::get<RouteParams>(walk.Op(RankWalk::kRoute)),
+                                 dispatch(RankWalk::kDispatch)};
+    case Step::kCached:
+      return dispatch(RankWalk::kDispatch);
+    case Step::kScaled:
+      return dispatch(RankWalk::kDispatchScaled);
+    case Step::kCombine:
+      break;
+  }
+  return std::get<CombineParams>(walk.Op(RankWalk::kCombine));
+}
+
+// A stream on each GPU, as XLA has: the default one knows no overlap.
+class Streams {
+ public:
+  explicit Streams(int gpus) : streams_(gpus) {
+    for (int gpu = 0; gpu < gpus; ++gpu) {
+      Check(cudaSetDevice(gpu), "cudaSetDevice");
+      Check(cudaStreamCreateWithFlags(&streams_[gpu], cudaStreamNonBlocking), "cudaStreamCreate");
+    }
+  }
+  std::string Launch(cuda::Communicator& communicator, int rank, const FreshDispatchParams& p) {
+    return communicator.Dispatch(rank, p, streams_[rank]);
+  }
+  std::string Launch(cuda::Communicator& communicator, int rank, const DispatchParams& p) {
+    return communicator.DispatchCached(rank, p, streams_[rank]);
+  }
+  std::string Launch(cuda::Communicator& communicator, int rank, const CombineParams& p) {
+    return communicator.Combine(rank, p, streams_[rank]);
+  }
+
+ private:
+  std::vector<cudaStream_t> streams_;
+};
+
+using Walks = std::vector<std::unique_ptr<RankWalk>>;
+
 // One op of all ranks: all are started before any is waited for.
-void RunStep(cuda::Communicator& communicator, const MoEShape& shape,
-             std::vector<std::unique_ptr<RankWalk>>& walks, RankWalk::Step step) {
-  std::vector<cpu::OpParams> on_device;
+void RunStep(cuda::Communicator& communicator, Streams& streams, const MoEShape& shape,
+             Walks& walks, Step step) {
+  std::vector<CudaParams> on_device;
   std::vector<std::unique_ptr<Mirror>> mirrors;
   for (int rank = 0; rank < shape.num_ranks; ++rank) {
     Check(cudaSetDevice(rank), "cudaSetDevice");
     mirrors.push_back(std::make_unique<Mirror>());
     std::visit([&](const auto& p) { on_device.push_back(OnDevice(shape, p, *mirrors.back())); },
-               walks[rank]->Op(step));
+               ParamsOf(*walks[rank], step));
+    // The copy of an upload may still be under way, on a stream that ours do not wait for.
+    Check(cudaDeviceSynchronize(), "uploads");
   }
   for (int rank = 0; rank < shape.num_ranks; ++rank) {
-    const std::string error =
-        std::visit([&](const auto& p) { return Launch(communicator, rank, p); }, on_device[rank]);
+    const std::string error = std::visit(
+        [&](const auto& p) { return streams.Launch(communicator, rank, p); }, on_device[rank]);
     if (!error.empty()) Fail("%s: %s", Describe(shape).c_str(), error.c_str());
   }
   for (int rank = 0; rank < shape.num_ranks; ++rank) {
@@ -136,12 +185,17 @@ void RunStep(cuda::Communicator& communicator, const MoEShape& shape,
   }
 }
 
-void RunLayer(cuda::Communicator& communicator, const Layer& layer) {
-  std::vector<std::unique_ptr<RankWalk>> walks;
+// The cached dispatch writes over what the fresh one wrote.
+constexpr Step kWithoutCached[] = {Step::kFresh, Step::kScaled, Step::kCombine};
+constexpr Step kWithCached[] = {Step::kFresh, Step::kCached, Step::kScaled, Step::kCombine};
+
+template <size_t kSteps>
+void RunLayer(cuda::Communicator& communicator, Streams& streams, const Layer& layer,
+              const Step (&steps)[kSteps]) {
+  Walks walks;
   for (int rank = 0; rank < layer.shape.num_ranks; ++rank)
     walks.push_back(std::make_unique<RankWalk>(layer, rank));
-  for (int step = 0; step < RankWalk::kNumSteps; ++step)
-    RunStep(communicator, layer.shape, walks, static_cast<RankWalk::Step>(step));
+  for (const Step step : steps) RunStep(communicator, streams, layer.shape, walks, step);
   for (const auto& walk : walks) walk->Check();
   const ErrorRecord error = communicator.TakeError();
   if (error.code != layer.error.code)
@@ -155,7 +209,7 @@ MoEShape DrawCudaShape(int ranks, Random& random) {
   shape.hidden_size = OneOf<int32_t>(random, {8, 24, 520, 2056});
   if (Between(random, 0, 3) == 0) {
     shape.max_tokens_per_rank = 300;  // more than one block routes
-    shape.capacity = int64_t{ranks} * 300 * shape.rows_per_slot() +
+    shape.capacity = int64_t{ranks} * 300 * shape.rows_per_token() +
                      shape.local_experts() * (shape.expert_alignment - 1);
   }
   return shape;
@@ -164,6 +218,7 @@ MoEShape DrawCudaShape(int ranks, Random& random) {
 int Main(int shapes) {
   int gpus = 0;
   Check(cudaGetDeviceCount(&gpus), "cudaGetDeviceCount");
+  Streams streams(gpus);
   for (int ranks = 1; ranks <= std::min(gpus, 4); ++ranks) {
     Random random(ranks);
     for (int i = 0; i < shapes; ++i) {
@@ -175,7 +230,10 @@ int Main(int shapes) {
       cuda::Communicator communicator(spec);
       if (const std::string error = communicator.Prepare(); !error.empty())
         Fail("%s", error.c_str());
-      for (const Layer& layer : DrawLayers(shape, 3, random)) RunLayer(communicator, layer);
+      for (const Layer& layer : DrawLayers(shape, 3, random)) {
+        RunLayer(communicator, streams, layer, kWithoutCached);
+        RunLayer(communicator, streams, layer, kWithCached);
+      }
     }
     std::printf("%d ranks: %d passed\n", ranks, shapes);
   }

@@ -169,7 +169,8 @@ class RankWalk {
   RankWalk(const Layer& layer, int rank);
   RankWalk(const RankWalk&) = delete;
 
-  // Takes call sites key.site + kRoute ... key.site + kCombine.
+  // Takes call sites key.site ... key.site + kCombine. As in the op that does both, routing and the
+  // first dispatch share one.
   void Start(Communicator& communicator, int32_t ordinal, const OpKey& key, uint32_t order_seed);
   // Returns the first error that an op was given.
   ErrorRecord Wait();
@@ -299,7 +300,7 @@ inline void RankWalk::AfterRoute(const ErrorRecord& error) {
   if (error.code != ErrorCode::kNone) return Finish(kNumSteps, error);
   for (const Step step : order_) {
     OpKey key = key_;
-    key.site += step;
+    if (step != kDispatch) key.site += step;
     communicator_->Submit(ordinal_, key, Op(step), [this](const ErrorRecord& e) { Finish(1, e); });
   }
   Finish(1, error);
@@ -333,6 +334,9 @@ inline void RankWalk::CheckRoute() const {
   ExpectEqual("recv_topk_ids", recv_topk_ids_, expected.recv_topk_ids);
   ExpectEqual("num_dropped", Ints{num_dropped_}, Ints{expected.num_dropped});
   const RouteTablesLayout layout(layer_.shape, layer_.num_tokens);
+  const Ints send_ranks(tables_.begin() + layout.send_ranks, tables_.begin() + layout.recv_rows);
+  ExpectEqual("send_ranks", send_ranks,
+              naive::SendRanks(layer_.shape, layer_.topk_ids[rank_], layer_.num_tokens));
   const Ints status(tables_.begin() + layout.status, tables_.begin() + layout.status + kStatusSize);
   ExpectEqual("status", status,
               {expected.num_dropped, static_cast<int32_t>(layer_.error.code), layer_.error.rank,

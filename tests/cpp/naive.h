@@ -191,6 +191,20 @@ inline Routing Route(const MoEShape& shape, int rank, const TopkIds& topk_ids, i
   return routing;
 }
 
+// The ranks that each token of one source goes to, [T, K]: ascending, then -1.
+inline std::vector<int32_t> SendRanks(const MoEShape& shape, const std::vector<int32_t>& topk_ids,
+                                      int64_t num_tokens) {
+  std::vector<int32_t> send_ranks;
+  for (int64_t token = 0; token < num_tokens; ++token) {
+    const int32_t* ids = topk_ids.data() + token * shape.topk;
+    for (int rank = 0; rank < shape.num_ranks; ++rank)
+      if (std::any_of(ids, ids + shape.topk, [&](int32_t id) { return IsLocal(shape, rank, id); }))
+        send_ranks.push_back(rank);
+    send_ranks.resize((token + 1) * shape.topk, -1);
+  }
+  return send_ranks;
+}
+
 // What all ranks are to report of a step.
 inline ErrorRecord FindError(const MoEShape& shape, const TopkIds& topk_ids,
                              const std::vector<Routing>& routing) {

@@ -42,21 +42,21 @@ inline MoEShape DrawShape(int ranks, Random& random) {
   shape.dtype = OneOf(random, {DType::kF16, DType::kBF16, DType::kF32, DType::kF64});
   if (shape.layout == OutputLayout::kFlat)
     shape.expert_alignment = OneOf<int32_t>(random, {1, 1, 3, 16});
-  const int64_t slots = int64_t{ranks} * shape.max_tokens_per_rank;
+  const int64_t tokens = int64_t{ranks} * shape.max_tokens_per_rank;
   const int64_t worst =
-      slots * shape.rows_per_slot() + shape.local_experts() * (shape.expert_alignment - 1);
+      tokens * shape.rows_per_token() + shape.local_experts() * (shape.expert_alignment - 1);
   shape.capacity = Between(random, 0, 2) > 0 ? worst : Between(random, 1, worst);
   shape.drop_overflow = Between(random, 0, 1) > 0;
   return shape;
 }
 
-// Rows over more than one tile of the sums, and slots and tokens over more than one piece of work.
+// Rows over more than one tile of the sums, and tokens over more than one piece of work.
 inline MoEShape LargeShape(int ranks, OutputLayout layout, DType dtype) {
   MoEShape shape = SmallShape(ranks, layout);
   shape.dtype = dtype;
   shape.hidden_size = dtype == DType::kF16 ? 1500 : 9;
   shape.max_tokens_per_rank = dtype == DType::kF16 ? 20 : 300;
-  shape.capacity = int64_t{ranks} * shape.max_tokens_per_rank * shape.rows_per_slot();
+  shape.capacity = int64_t{ranks} * shape.max_tokens_per_rank * shape.rows_per_token();
   return shape;
 }
 

@@ -1,0 +1,117 @@
+// Routing, first kernel: every rank sends its topk_ids to all others, and counts what it gets, a
+// histogram per part of the tokens. No counts travel, so there is one exchange, and the same inputs
+// give every rank the same totals. The last block adds the histograms up over the parts.
+#include "cuda/ops.h"
+#include "cuda/route.cuh"
+
+namespace jax_ep::cuda {
+namespace {
+
+__device__ void SendIds(const Arena& arena, const Team& team, const Part& part, uint32_t epoch,
+                        int topk, const int32_t* ids) {
+  for (int distance = 1; distance < arena.layout.num_ranks; ++distance) {
+    const int peer = (arena.rank + distance) % arena.layout.num_ranks;
+    int32_t* to = arena.Ids(epoch, peer, arena.rank);
+    for (int64_t i = part.begin * topk + team.thread; i < part.end * topk; i += kTeamThreads)
+      to[i] = ids[i];
+  }
+  team.Sync();
+  for (int peer = team.thread; peer < arena.layout.num_ranks; peer += kTeamThreads)
+    if (peer != arena.rank) ptx::st_release_sys(arena.IdsFlag(peer, arena.rank, part.index), epoch);
+}
+
+// Sends or awaits the part's ids; null if they did not come.
+__device__ const int32_t* ExchangeIds(const MoEShape& shape, const Arena& arena, const Team& team,
+                                      const Part& part, const RouteParams& params, uint32_t epoch) {
+  if (part.source == arena.rank) {
+    SendIds(arena, team, part, epoch, shape.topk, params.topk_ids);
+    return params.topk_ids;
+  }
+  bool arrived = true;
+  if (team.thread == 0)
+    arrived = Wait(arena, arena.IdsFlag(arena.rank, part.source, part.index), epoch, part.source,
+                   Phase::kRoute);
+  return team.SyncAnd(arrived) ? arena.Ids(epoch, arena.rank, part.source) : nullptr;
+}
+
+// Counts one token into shared memory.
+__device__ void CountToken(const MoEShape& shape, const int32_t* ids, int32_t* counts) {
+  const Columns columns(shape);
+  for (int k = 0; k < shape.topk; ++k) {
+    if (IsExpert(shape, ids[k]))
+      atomicAdd(&counts[columns.experts + ids[k]], 1);
+    else if (ids[k] != -1)
+      atomicAdd(&counts[columns.bad_ids], 1);
+  }
+  for (int rank = 0; rank < shape.num_ranks; ++rank)
+    if (Hits(shape, ids, rank)) atomicAdd(&counts[columns.ranks + rank], 1);
+}
+
+// Turns the histograms of the parts into the sums before each and, in one more row, over all: a
+// thread per column, with many loads in flight.
+__device__ void ScanHistograms(const Arena& arena, int rows) {
+  constexpr int kBatch = 32;
+  for (int column = threadIdx.x; column < arena.layout.histogram_size; column += blockDim.x) {
+    int sum = 0;
+    for (int begin = 0; begin < rows; begin += kBatch) {
+      int counts[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i)
+        counts[i] = begin + i < rows ? __ldcg(&arena.Histogram(begin + i)[column]) : 0;
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        if (begin + i < rows) arena.Histogram(begin + i)[column] = sum;
+        sum += counts[i];
+      }
+    }
+    arena.Histogram(rows)[column] = sum;
+  }
+}
+
+__global__ void __launch_bounds__(kMaxTeams* kTeamThreads)
+    ExchangeKernel(MoEShape shape, Arena arena, RouteParams params) {
+  ptx::griddepcontrol_launch_dependents();
+  extern __shared__ int32_t counts_of_teams[];
+  const Team team;
+  const int size = arena.layout.histogram_size, teams = blockDim.x / kTeamThreads;
+  int32_t* counts = counts_of_teams + team.index * size;
+  const uint32_t epoch = EnterEpoch(arena);
+  const int parts = shape.num_ranks * PartsPerSource(params.num_tokens);
+  for (int number = blockIdx.x * teams + team.index; number < parts; number += gridDim.x * teams) {
+    const Part part(arena, params.num_tokens, number);
+    for (int i = team.thread; i < size; i += kTeamThreads) counts[i] = 0;
+    const int32_t* ids = ExchangeIds(shape, arena, team, part, params, epoch);
+    team.Sync();
+    const int64_t token = part.begin + team.thread;
+    if (ids != nullptr && token < part.end) CountToken(shape, ids + token * shape.topk, counts);
+    team.Sync();
+    int32_t* histogram = arena.Histogram(part.histogram);
+    for (int i = team.thread; i < size; i += kTeamThreads) histogram[i] = counts[i];
+    team.Sync();
+  }
+  // The second kernel adds to it.
+  if (blockIdx.x == 0)
+    for (int e = threadIdx.x; e < shape.local_experts(); e += blockDim.x)
+      params.num_tokens_per_expert[e] = 0;
+  if (IsLastBlock(&arena.Header()->route_blocks_done)) ScanHistograms(arena, parts);
+}
+
+RouteLaunch LaunchOf(const MoEShape& shape, int64_t num_tokens) {
+  return {shape, num_tokens, ArenaLayout(shape).histogram_size * sizeof(int32_t), 0};
+}
+
+}  // namespace
+
+cudaError_t LaunchExchange(const MoEShape& shape, const Arena& arena, const RouteParams& params,
+                           cudaStream_t stream) {
+  const RouteLaunch launch = LaunchOf(shape, params.num_tokens);
+  ExchangeKernel<<<launch.blocks, launch.teams * kTeamThreads, launch.shared_bytes, stream>>>(
+      shape, arena, params);
+  return cudaGetLastError();
+}
+
+cudaError_t LoadExchange(const MoEShape& shape) {
+  return AllowSharedMemory(ExchangeKernel, LaunchOf(shape, shape.max_tokens_per_rank).shared_bytes);
+}
+
+}  // namespace jax_ep::cuda

@@ -1,0 +1,116 @@
+// What the two kernels of routing share: the parts of the tokens that teams work on, and the
+// histograms that the first kernel leaves for the second.
+#ifndef JAX_EP_CUDA_ROUTE_CUH_
+#define JAX_EP_CUDA_ROUTE_CUH_
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include "common/ops.h"
+#include "cuda/sync.cuh"
+
+namespace jax_ep::cuda {
+
+// A thread per token.
+static_assert(kTokensPerRoutePart == kTeamThreads);
+// Routing leaves most of the GPU to the dispatch that it runs beside.
+constexpr int kMaxRouteBlocks = 32;
+
+JAX_EP_HOST_DEVICE inline int PartsPerSource(int64_t num_tokens) {
+  return num_tokens == 0 ? 1 : static_cast<int>(CeilDiv(num_tokens, kTokensPerRoutePart));
+}
+
+// As many teams per block as its shared memory allows.
+struct RouteLaunch {
+  int teams, blocks;
+  size_t shared_bytes;
+
+  RouteLaunch(const MoEShape& shape, int64_t num_tokens, size_t bytes_per_team,
+              size_t bytes_per_block) {
+    constexpr size_t kSharedBytes = 96 << 10;
+    const size_t left = kSharedBytes > bytes_per_block ? kSharedBytes - bytes_per_block : 0;
+    teams = static_cast<int>(std::clamp<size_t>(left / bytes_per_team, 1, kMaxTeams));
+    const int64_t parts = int64_t{shape.num_ranks} * PartsPerSource(num_tokens);
+    blocks = static_cast<int>(std::min<int64_t>(CeilDiv(parts, teams), kMaxRouteBlocks));
+    shared_bytes = bytes_per_block + teams * bytes_per_team;
+  }
+};
+
+// Communicators of several shapes share the kernels: the limit only ever rises.
+template <typename Kernel>
+cudaError_t AllowSharedMemory(Kernel* kernel, size_t bytes) {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error != cudaSuccess || attributes.maxDynamicSharedSizeBytes >= static_cast<int>(bytes))
+    return error;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              static_cast<int>(bytes));
+}
+
+// Launches a kernel that may start while the one before it in the stream still runs, and calls
+// griddepcontrol_wait before it reads what that one writes.
+template <typename... Parameters, typename... Arguments>
+cudaError_t LaunchOverlapping(void (*kernel)(Parameters...), int blocks, int threads,
+                              size_t shared_bytes, cudaStream_t stream, Arguments... arguments) {
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = blocks;
+  config.blockDim = threads;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+}
+
+__device__ __forceinline__ bool IsExpert(const MoEShape& shape, int id) {
+  return id >= 0 && id < shape.num_experts;
+}
+
+// Whether one of a token's experts lives on `rank`.
+__device__ __forceinline__ bool Hits(const MoEShape& shape, const int32_t* ids, int rank) {
+  const int local = shape.local_experts(), first = rank * local;
+  bool hit = false;
+  for (int k = 0; k < shape.topk; ++k)
+    hit |= static_cast<unsigned>(ids[k] - first) < static_cast<unsigned>(local);
+  return hit;
+}
+
+// Tokens of one source that a team works on.
+struct Part {
+  int source;
+  int index;           // of the source's
+  int histogram;       // row of the histograms: in order of (source, index)
+  int64_t begin, end;  // tokens
+
+  // Part 0 is this rank's own first one, and all its own come before any other: they wait for
+  // nobody, so a peer that waits for them waits for something that is running.
+  __device__ Part(const Arena& arena, int64_t num_tokens, int number) {
+    const int per_source = PartsPerSource(num_tokens);
+    source = (arena.rank + number / per_source) % arena.layout.num_ranks;
+    index = number % per_source;
+    histogram = source * per_source + index;
+    begin = static_cast<int64_t>(index) * kTokensPerRoutePart;
+    end = min(begin + kTokensPerRoutePart, num_tokens);
+  }
+};
+
+// Columns of a histogram.
+struct Columns {
+  int experts, ranks, bad_ids;
+
+  __device__ explicit Columns(const MoEShape& shape)
+      : experts(0), ranks(shape.num_experts), bad_ids(shape.num_experts + shape.num_ranks) {}
+};
+
+// After the first kernel: what `column` counts in parts [begin, end), in order of (source, index).
+__device__ __forceinline__ int CountRange(const Arena& arena, int column, int begin, int end) {
+  return arena.Histogram(end)[column] - arena.Histogram(begin)[column];
+}
+
+}  // namespace jax_ep::cuda
+
+#endif  // JAX_EP_CUDA_ROUTE_CUH_
