@@ -56,6 +56,65 @@ __device__ __forceinline__ void griddepcontrol_wait() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
+// Bulk copies between global and shared memory run beside the thread that starts them. Addresses
+// and sizes are multiples of 16 bytes.
+
+// A barrier in shared memory that one arrival and the bytes it expects complete.
+__device__ __forceinline__ void mbarrier_init(uint64_t* barrier) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(barrier)))
+               : "memory");
+}
+__device__ __forceinline__ void fence_mbarrier_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+__device__ __forceinline__ void mbarrier_arrive_expect_tx(uint64_t* barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(barrier))),
+               "r"(bytes)
+               : "memory");
+}
+// Waits for the phase of `parity` to be complete, and makes what was copied visible.
+__device__ __forceinline__ void mbarrier_wait_parity(uint64_t* barrier, uint32_t parity) {
+  asm volatile(
+      "{ .reg .pred done; retry: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; "
+      "@!done bra retry; }" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(barrier))),
+      "r"(parity)
+      : "memory");
+}
+__device__ __forceinline__ void cp_async_bulk_load(void* shared, const void* global, uint32_t bytes,
+                                                   uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+      "l"(global), "r"(bytes), "r"(static_cast<uint32_t>(__cvta_generic_to_shared(barrier)))
+      : "memory");
+}
+__device__ __forceinline__ void cp_async_bulk_store(void* global, const void* shared,
+                                                    uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global),
+               "r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))), "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void cp_async_bulk_commit_group() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+// Waits until this thread's bulk stores are done, but for the last kPending groups committed, and
+// makes them visible to it.
+template <int kPending>
+__device__ __forceinline__ void cp_async_bulk_wait_group() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
+}
+// Waits until this thread's bulk stores have read what they store, all groups of them.
+__device__ __forceinline__ void cp_async_bulk_wait_group_read() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+// Orders this thread's plain accesses, and those it has seen, with bulk copies after it, and bulk
+// stores it waited for with plain accesses after it.
+__device__ __forceinline__ void fence_proxy_async() {
+  asm volatile("fence.proxy.async;" ::: "memory");
+}
+
 // A streaming load of data that nobody writes while the kernel runs.
 __device__ __forceinline__ int4 ld_nc_no_allocate(const int4* at) {
   int4 v;

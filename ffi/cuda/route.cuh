@@ -8,6 +8,7 @@
 #include <algorithm>
 
 #include "common/ops.h"
+#include "cuda/launch.h"
 #include "cuda/sync.cuh"
 
 namespace jax_ep::cuda {
@@ -36,35 +37,6 @@ struct RouteLaunch {
     shared_bytes = bytes_per_block + teams * bytes_per_team;
   }
 };
-
-// Communicators of several shapes share the kernels: the limit only ever rises.
-template <typename Kernel>
-cudaError_t AllowSharedMemory(Kernel* kernel, size_t bytes) {
-  cudaFuncAttributes attributes;
-  const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
-  if (error != cudaSuccess || attributes.maxDynamicSharedSizeBytes >= static_cast<int>(bytes))
-    return error;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              static_cast<int>(bytes));
-}
-
-// Launches a kernel that may start while the one before it in the stream still runs, and calls
-// griddepcontrol_wait before it reads what that one writes.
-template <typename... Parameters, typename... Arguments>
-cudaError_t LaunchOverlapping(void (*kernel)(Parameters...), int blocks, int threads,
-                              size_t shared_bytes, cudaStream_t stream, Arguments... arguments) {
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = blocks;
-  config.blockDim = threads;
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
-}
 
 __device__ __forceinline__ bool IsExpert(const MoEShape& shape, int id) {
   return id >= 0 && id < shape.num_experts;

@@ -23,31 +23,80 @@ using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
 template <typename T>
 constexpr int kPerVector = 16 / sizeof(T);
 
-__device__ __forceinline__ float Load(float x) { return x; }
-__device__ __forceinline__ double Load(double x) { return x; }
-__device__ __forceinline__ float Load(__half x) { return __half2float(x); }
-__device__ __forceinline__ float Load(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ void Round(float x, float& out) { out = x; }
-__device__ __forceinline__ void Round(double x, double& out) { out = x; }
-__device__ __forceinline__ void Round(float x, __half& out) { out = __float2half_rn(x); }
-__device__ __forceinline__ void Round(float x, __nv_bfloat16& out) { out = __float2bfloat16_rn(x); }
+// The elements of 16 bytes as numbers to add up, and back; two at a time where they share a word.
+template <typename T>
+struct Vector {
+  using Elements = Sum<T>[kPerVector<T>];
+
+  static __device__ __forceinline__ void Unpack(const int4& v, Elements& out) {
+    const T* elements = reinterpret_cast<const T*>(&v);
+#pragma unroll
+    for (int i = 0; i < kPerVector<T>; ++i) out[i] = elements[i];
+  }
+  static __device__ __forceinline__ int4 Pack(const Elements& in) {
+    int4 v;
+#pragma unroll
+    for (int i = 0; i < kPerVector<T>; ++i) reinterpret_cast<T*>(&v)[i] = in[i];
+    return v;
+  }
+};
+
+template <>
+struct Vector<__nv_bfloat16> {
+  using Elements = float[8];
+
+  static __device__ __forceinline__ void Unpack(const int4& v, Elements& out) {
+    const uint32_t words[] = {static_cast<uint32_t>(v.x), static_cast<uint32_t>(v.y),
+                              static_cast<uint32_t>(v.z), static_cast<uint32_t>(v.w)};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      out[2 * i] = __uint_as_float(words[i] << 16);
+      out[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+    }
+  }
+  static __device__ __forceinline__ int4 Pack(const Elements& in) {
+    int4 v;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      reinterpret_cast<__nv_bfloat162*>(&v)[i] = __floats2bfloat162_rn(in[2 * i], in[2 * i + 1]);
+    return v;
+  }
+};
+
+template <>
+struct Vector<__half> {
+  using Elements = float[8];
+
+  static __device__ __forceinline__ void Unpack(const int4& v, Elements& out) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 pair = __half22float2(reinterpret_cast<const __half2*>(&v)[i]);
+      out[2 * i] = pair.x;
+      out[2 * i + 1] = pair.y;
+    }
+  }
+  static __device__ __forceinline__ int4 Pack(const Elements& in) {
+    int4 v;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      reinterpret_cast<__half2*>(&v)[i] = __floats2half2_rn(in[2 * i], in[2 * i + 1]);
+    return v;
+  }
+};
 
 // sum += weight * v, element by element.
 template <typename T>
 __device__ __forceinline__ void AddScaled(Sum<T> (&sum)[kPerVector<T>], const int4& v,
                                           Sum<T> weight) {
-  const T* elements = reinterpret_cast<const T*>(&v);
+  Sum<T> x[kPerVector<T>];
+  Vector<T>::Unpack(v, x);
 #pragma unroll
-  for (int i = 0; i < kPerVector<T>; ++i) sum[i] += weight * Load(elements[i]);
+  for (int i = 0; i < kPerVector<T>; ++i) sum[i] += weight * x[i];
 }
 
 template <typename T>
 __device__ __forceinline__ int4 Pack(const Sum<T> (&sum)[kPerVector<T>]) {
-  int4 v;
-  T* elements = reinterpret_cast<T*>(&v);
-#pragma unroll
-  for (int i = 0; i < kPerVector<T>; ++i) Round(sum[i], elements[i]);
-  return v;
+  return Vector<T>::Pack(sum);
 }
 
 // 16 bytes of NaNs of `dtype`.
