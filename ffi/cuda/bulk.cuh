@@ -10,25 +10,38 @@
 
 namespace jax_ep::cuda {
 
-// One warp's part of a block's shared memory, with the barrier of its loads. All lanes call all
-// functions together, unless they say otherwise.
-class RowBuffer {
- public:
-  // With 16 warps, as much as an SM has.
+// One warp's part of a block's shared memory. With 16 warps, all that an SM has.
+struct WarpMemory {
   static constexpr int kVectors = 896;
-  static constexpr int kBytes = kVectors * 16;
 
-  static constexpr size_t SharedBytes(int warps) { return warps * (kBytes + sizeof(uint64_t)); }
+  int4* data;         // [kVectors]
+  uint64_t* barrier;  // of bulk loads
 
-  __device__ RowBuffer(std::byte* shared, int warps)
-      : data_(reinterpret_cast<int4*>(shared + threadIdx.x / 32 * kBytes)),
-        loaded_(reinterpret_cast<uint64_t*>(shared + warps * kBytes) + threadIdx.x / 32) {
+  static constexpr size_t SharedBytes(int warps) {
+    return warps * (kVectors * sizeof(int4) + sizeof(uint64_t));
+  }
+
+  // To be called by all warps of the block.
+  __device__ explicit WarpMemory(std::byte* shared) {
+    const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    int4* rows = reinterpret_cast<int4*>(shared);
+    data = rows + warp * kVectors;
+    barrier = reinterpret_cast<uint64_t*>(rows + warps * kVectors) + warp;
     if (threadIdx.x % 32 == 0) {
-      ptx::mbarrier_init(loaded_);
+      ptx::mbarrier_init(barrier);
       ptx::fence_mbarrier_init();
     }
     __syncwarp();
   }
+};
+
+// Moves whole rows. All lanes of the warp call all functions together, unless they say otherwise.
+class RowBuffer {
+ public:
+  static constexpr int kVectors = WarpMemory::kVectors;
+
+  __device__ explicit RowBuffer(const WarpMemory& memory)
+      : data_(memory.data), loaded_(memory.barrier) {}
 
   // Copies a row of `vectors` times 16 bytes to the `to` of each lane that has one. Returns once
   // its stores are under way.
@@ -85,54 +98,42 @@ class RowBuffer {
   uint32_t parity_ = 0;
 };
 
-// One warp's ring of pieces on their way from global memory, used in the order in which they were
-// asked for. All lanes call all functions together.
+// A ring of pieces on their way from global memory, used in the order in which they were asked for.
+// Each lane copies what it will use itself, vectors l, l + 32, ... of a piece, so nobody waits for
+// other lanes. Small pieces as bulk copies would take 60 ns each of an SM. Takes the memory from a
+// RowBuffer whose stores are done.
 class PieceRing {
  public:
-  // Four vectors per lane, and with 16 warps as many pieces as an SM has room for.
-  static constexpr int kVectors = 128;
+  // Eight warps share a row of 7168 16-bit elements without a rest.
+  static constexpr int kVectors = 112;
+  static constexpr int kPerLane = (kVectors + 31) / 32;
   static constexpr int kPieces = 7;
 
-  static constexpr size_t SharedBytes(int warps) {
-    return warps * kPieces * (kVectors * sizeof(int4) + sizeof(uint64_t));
-  }
+  __device__ explicit PieceRing(const WarpMemory& memory) : mine_(memory.data + threadIdx.x % 32) {}
 
-  __device__ PieceRing(std::byte* shared, int warps)
-      : pieces_(reinterpret_cast<int4*>(shared) + threadIdx.x / 32 * kPieces * kVectors),
-        loaded_(reinterpret_cast<uint64_t*>(shared + warps * kPieces * kVectors * sizeof(int4)) +
-                threadIdx.x / 32 * kPieces) {
-    if (threadIdx.x % 32 < kPieces) {
-      ptx::mbarrier_init(&loaded_[threadIdx.x % 32]);
-      ptx::fence_mbarrier_init();
-    }
-    __syncwarp();
-  }
-
-  // Asks for up to kVectors; there must be room.
+  // Asks for up to kVectors, or for an empty piece. There must be room, and always is after Pop.
   __device__ void Load(const int4* from, int vectors) {
-    if (threadIdx.x % 32 == 0) {
-      ptx::mbarrier_arrive_expect_tx(&loaded_[next_load_], vectors * 16);
-      ptx::cp_async_bulk_load(pieces_ + next_load_ * kVectors, from, vectors * 16,
-                              &loaded_[next_load_]);
-    }
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int u = 0; u < kPerLane; ++u)
+      if (lane + 32 * u < vectors)
+        ptx::cp_async_cg(mine_ + next_load_ * kVectors + 32 * u, from + lane + 32 * u);
+    ptx::cp_async_commit_group();
     if (++next_load_ == kPieces) next_load_ = 0;
   }
-  // Waits for the oldest piece.
+  // Waits for the oldest of kPieces pieces; this lane's vectors of it are 32 apart.
   __device__ const int4* Front() const {
-    ptx::mbarrier_wait_parity(&loaded_[front_], parity_);
-    return pieces_ + front_ * kVectors;
+    ptx::cp_async_wait_group<kPieces - 1>();
+    return mine_ + front_ * kVectors;
   }
   // Makes room: the oldest piece has been used.
   __device__ void Pop() {
-    __syncwarp();
-    if (++front_ == kPieces) front_ = 0, parity_ ^= 1;
+    if (++front_ == kPieces) front_ = 0;
   }
 
  private:
-  int4* const pieces_;
-  uint64_t* const loaded_;
+  int4* const mine_;
   int next_load_ = 0, front_ = 0;
-  uint32_t parity_ = 0;
 };
 
 }  // namespace jax_ep::cuda

@@ -3,39 +3,23 @@
 // rank order.
 //
 // As in dispatch, senders come first in the grid, wait for nobody, and help to receive at the end.
-#include "cuda/bulk.cuh"
 #include "cuda/launch.h"
 #include "cuda/ops.h"
 #include "cuda/rows.cuh"
 #include "cuda/sync.cuh"
+#include "cuda/terms.cuh"
 
 namespace jax_ep::cuda {
 namespace {
 
 constexpr int kThreads = 2 * kTeamThreads;
 constexpr int kWarps = kThreads / 32;
-// Warps that share a token at its source: more tokens at a time would each take longer, and the
-// last one counts.
-constexpr int kWarpsPerToken = 4;
-constexpr int kTokensPerTask = kTeamWarps / kWarpsPerToken;
+// Tokens that a team adds up at a time at their source: few, for the last ones are pure latency.
+constexpr int kTokensPerTask = 2;
 
 __device__ int NumVectors(const MoEShape& shape) {
   return static_cast<int>(shape.row_bytes() / 16);
 }
-
-// The vectors of a row that one of several warps works on.
-struct Share {
-  int begin, end;
-  bool first;  // this warp also does what is done once per row
-
-  __device__ Share(int vectors, int warp, int warps_per_row) {
-    const int part = warp % warps_per_row;
-    const int per_part = static_cast<int>(CeilDiv(vectors, warps_per_row));
-    begin = part * per_part;
-    end = min(begin + per_part, vectors);
-    first = part == 0;
-  }
-};
 
 // The rows of y that one token of `source` has here; lane k of the warp holds the k-th.
 struct TokenRows {
@@ -62,117 +46,86 @@ struct TokenRows {
   }
 };
 
-// What is added up for one token; lane i of the warp holds the i-th term. This rank's own rows are
-// [own_begin, own_end): they are weighted, and their sum is rounded, as other ranks did with
-// theirs.
-struct Terms {
-  const int4* row;
-  float weight;
-  int count, own_begin, own_end;
-};
+// What is added up for a token: its own rows here, which are weighted, and sums of other ranks. The
+// sum of the own rows is rounded to T, as the others' were to cross.
+enum TermTag : int32_t { kOwnRow, kOtherRank };
 
-// A token's own rows alone.
-__device__ Terms TermsOfRank(const CombineParams& p, const TokenRows& own, int vectors) {
-  const int lane = threadIdx.x % 32, count = __popc(own.lanes);
-  // The lane that holds the i-th row.
-  int from = 0;
-  unsigned rest = own.lanes;
-  for (int i = 0; i < count; ++i, rest &= rest - 1)
-    if (lane == i) from = __ffs(rest) - 1;
-  const int64_t row = __shfl_sync(kAllLanes, own.row, from);
-  const float weight = __shfl_sync(kAllLanes, own.weight, from);
-  return {static_cast<const int4*>(p.y) + row * vectors, weight, count, 0, count};
+// Lists the rows that a token has here, this warp's.
+__device__ void ListRows(const MoEShape& shape, const CombineParams& p, const TokenRows& own,
+                         Term* terms) {
+  const int lane = threadIdx.x % 32;
+  if (own.row < 0) return;
+  terms[__popc(own.lanes & ((1u << lane) - 1))] = {
+      static_cast<const int4*>(p.y) + int64_t{own.row} * NumVectors(shape), own.weight, kOwnRow};
 }
 
-// A token's sums from all ranks in their order, with the own rows in this rank's place. `rank` of
-// lane i is the i-th of the ranks that the token went to, ascending, or -1. There is at most one
-// term for each of the token's k.
-__device__ Terms TermsOfToken(const Arena& arena, const CombineParams& p, uint32_t epoch,
-                              int64_t token, int rank, const TokenRows& own, int vectors) {
+// Adds up each token of `list` in order, into the row that `out_of` gives for it.
+template <typename T, typename OutOf>
+__device__ void AddUp(const TermList& list, const Team& team, int vectors, PieceRing& ring,
+                      const OutOf& out_of) {
+  constexpr int kPerLane = PieceRing::kPerLane;
   const int lane = threadIdx.x % 32;
-  Terms terms = TermsOfRank(p, own, vectors);
-  const int before = __popc(__ballot_sync(kAllLanes, rank >= 0 && rank < arena.rank));
-  const int after = __popc(__ballot_sync(kAllLanes, rank > arena.rank));
-  const int has_own = __any_sync(kAllLanes, rank == arena.rank);
-  const int own_count = terms.count;
-  terms.own_begin = before;
-  terms.own_end = before + own_count;
-  terms.count = before + own_count + after;
-  // Own rows move up behind the ranks before.
-  const int from = lane >= before ? lane - before : 0;
-  const auto own_row = reinterpret_cast<const int4*>(
-      __shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(terms.row), from));
-  const float own_weight = __shfl_sync(kAllLanes, terms.weight, from);
-  const bool is_own = lane >= terms.own_begin && lane < terms.own_end;
-  const int nth = lane < before ? lane : lane - own_count + has_own;
-  const int peer = __shfl_sync(kAllLanes, rank, nth & 31);
-  terms.weight = is_own ? own_weight : 1.0f;
-  if (is_own)
-    terms.row = own_row;
-  else if (lane < terms.count)
-    terms.row = arena.Row(epoch, arena.rank, peer, token);
-  return terms;
-}
-
-// Adds up `terms` over the vectors of `share`, in order, into `out`.
-template <typename T>
-__device__ void AddUp(const Terms& terms, const Share& share, int4* out, PieceRing& ring) {
-  constexpr int kPerLane = PieceRing::kVectors / 32;
-  const int lane = threadIdx.x % 32;
-  int load_begin = share.begin, load_term = 0;
-  const auto load_next = [&] {
-    if (load_begin >= share.end || terms.count == 0) return;
-    const uint64_t row = __shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(terms.row), load_term);
-    ring.Load(reinterpret_cast<const int4*>(row) + load_begin,
-              min(PieceRing::kVectors, share.end - load_begin));
-    if (++load_term == terms.count) load_term = 0, load_begin += PieceRing::kVectors;
-  };
-  for (int i = 0; i < PieceRing::kPieces; ++i) load_next();
-  for (int begin = share.begin; begin < share.end; begin += PieceRing::kVectors) {
-    const int first = begin + lane;
-    Sum<T> total[kPerLane][kPerVector<T>] = {}, own[kPerLane][kPerVector<T>] = {};
-    for (int i = 0; i < terms.count; ++i) {
-      const int4* piece = ring.Front();
-      const Sum<T> weight = __shfl_sync(kAllLanes, terms.weight, i);
-      const bool is_own = i >= terms.own_begin && i < terms.own_end;
+  for (int stretch = 0; stretch < Columns::NumStretches(vectors); ++stretch) {
+    const Columns columns(team, vectors, stretch);
+    if (columns.size() == 0) continue;
+    TermStream stream(list, columns, ring);
+    for (int token = 0; token < kTeamWarps; ++token) {
+      Sum<T> total[kPerLane][kPerVector<T>] = {}, own[kPerLane][kPerVector<T>] = {};
+      const int end = list.begins[token + 1];
+      for (int i = list.begins[token]; i < end; ++i) {
+        const float weight = list.terms[i].weight;
+        const bool is_own = list.terms[i].tag == kOwnRow;
+        const int4* piece = stream.Front();
 #pragma unroll
-      for (int u = 0; u < kPerLane; ++u) {
-        if (first + 32 * u >= share.end) continue;
-        const int4 v = piece[lane + 32 * u];
-        if (is_own)
-          AddScaled<T>(own[u], v, weight);
-        else
-          AddScaled<T>(total[u], v, 1);
+        for (int u = 0; u < kPerLane; ++u) {
+          if (lane + 32 * u >= columns.size()) continue;
+          const int4 v = piece[32 * u];
+          if (is_own)
+            AddScaled<T>(own[u], v, weight);
+          else
+            AddScaled<T>(total[u], v, 1);
+        }
+        stream.Pop();
+        if (!is_own || (i + 1 < end && list.terms[i + 1].tag == kOwnRow)) continue;
+#pragma unroll
+        for (int u = 0; u < kPerLane; ++u) AddScaled<T>(total[u], Pack<T>(own[u]), 1);
       }
-      ring.Pop();
-      load_next();
-      if (i + 1 != terms.own_end) continue;
+      if (!list.is_wanted[token]) continue;
+      int4* out = out_of(token) + columns.begin;
 #pragma unroll
-      for (int u = 0; u < kPerLane; ++u) AddScaled<T>(total[u], Pack<T>(own[u]), 1);
+      for (int u = 0; u < kPerLane; ++u)
+        if (lane + 32 * u < columns.size())
+          ptx::st_no_allocate(out + lane + 32 * u, Pack<T>(total[u]));
     }
-#pragma unroll
-    for (int u = 0; u < kPerLane; ++u)
-      if (first + 32 * u < share.end) ptx::st_no_allocate(out + first + 32 * u, Pack<T>(total[u]));
   }
 }
 
+// Sends the sums of tokens [first, last) of `source`, at most as many as a list holds.
 template <typename T>
-__device__ void SendToken(const MoEShape& shape, const Arena& arena, const CombineParams& p,
-                          uint32_t epoch, int source, int64_t token, PieceRing& ring) {
-  const int lane = threadIdx.x % 32, vectors = NumVectors(shape);
-  const TokenRows rows(shape, p, source, token);
-  if (!rows.is_mine) return;
-  AddUp<T>(TermsOfRank(p, rows, vectors), Share(vectors, 0, 1),
-           arena.Row(epoch, source, arena.rank, token), ring);
-  if (p.row_scalars == nullptr) return;
-  const float scalar = rows.Scalar(shape, p);
-  if (lane < shape.topk) arena.Scalars(epoch, source, arena.rank, token)[lane] = scalar;
+__device__ void SendTokens(const MoEShape& shape, const Arena& arena, const Team& team,
+                           const CombineParams& p, uint32_t epoch, int source, int64_t first,
+                           int64_t last, TermList& list, PieceRing& ring) {
+  const int lane = threadIdx.x % 32;
+  const int64_t token = first + team.warp;
+  const bool in_range = token < last;
+  const TokenRows rows(shape, p, source, in_range ? token : first);
+  const bool sends = in_range && rows.is_mine;
+  Term* terms = list.Reserve(team, sends ? __popc(rows.lanes) : 0, sends);
+  if (sends) ListRows(shape, p, rows, terms);
+  if (sends && p.row_scalars != nullptr) {
+    const float scalar = rows.Scalar(shape, p);
+    if (lane < shape.topk) arena.Scalars(epoch, source, arena.rank, token)[lane] = scalar;
+  }
+  team.Sync();
+  AddUp<T>(list, team, NumVectors(shape), ring,
+           [&](int i) { return arena.Row(epoch, source, arena.rank, first + i); });
 }
 
 template <typename T>
 __device__ void Send(const MoEShape& shape, const Arena& arena, const Team& team,
-                     const CombineParams& p, uint32_t epoch, PieceRing& ring) {
-  const int peers = shape.num_ranks - 1, per_chunk = arena.layout.tokens_per_chunk;
+                     const CombineParams& p, uint32_t epoch, TermList& list, PieceRing& ring) {
+  const int peers = shape.num_ranks - 1, per_chunk = arena.layout.tokens_per_chunk,
+            per_list = TermList::MaxTokens(shape.topk);
   const int64_t num_tasks = CeilDiv(p.num_tokens, per_chunk) * peers;
   Tasks tasks(team, &arena.Header()->send_tasks);
   while (tasks.current() < num_tasks) {
@@ -182,21 +135,34 @@ __device__ void Send(const MoEShape& shape, const Arena& arena, const Team& team
     const int64_t chunk = tasks.current() / peers, first = chunk * per_chunk,
                   last = min(first + per_chunk, p.num_tokens);
     tasks.Ask();
-    for (int64_t token = first + team.warp; token < last; token += kTeamWarps)
-      SendToken<T>(shape, arena, p, epoch, source, token, ring);
+    for (int64_t begin = first; begin < last; begin += per_list)
+      SendTokens<T>(shape, arena, team, p, epoch, source, begin, min(begin + per_list, last), list,
+                    ring);
     tasks.Advance();
     if (team.thread == 0) ptx::st_release_sys(arena.ChunkFlag(source, arena.rank, chunk), epoch);
   }
 }
 
-template <typename T>
-__device__ void ReceiveToken(const MoEShape& shape, const Arena& arena, const CombineParams& p,
-                             const Share& share, uint32_t epoch, int64_t token, int rank,
-                             const TokenRows& own, PieceRing& ring) {
-  const int lane = threadIdx.x % 32, vectors = NumVectors(shape);
-  AddUp<T>(TermsOfToken(arena, p, epoch, token, rank, own, vectors), share,
-           static_cast<int4*>(p.out) + token * vectors, ring);
-  if (p.row_scalars == nullptr || !share.first) return;
+// Lists what a token is added up from, in the order of the ranks: lane i of the warp holds the i-th
+// of those that the token went to. There is at most one term for each of its k.
+__device__ Term* ListRanks(const MoEShape& shape, const Arena& arena, const Team& team,
+                           const CombineParams& p, uint32_t epoch, int64_t token, int rank,
+                           const TokenRows& own, bool in_range, TermList& list) {
+  const int lane = threadIdx.x % 32, own_count = in_range ? __popc(own.lanes) : 0;
+  const int before = __popc(__ballot_sync(kAllLanes, rank >= 0 && rank < arena.rank)),
+            after = __popc(__ballot_sync(kAllLanes, rank > arena.rank)),
+            has_own = __any_sync(kAllLanes, rank == arena.rank);
+  Term* terms = list.Reserve(team, before + own_count + after, in_range);
+  if (own_count > 0) ListRows(shape, p, own, terms + before);
+  if (rank >= 0 && rank != arena.rank)
+    terms[lane < before ? lane : lane - has_own + own_count] = {
+        arena.Row(epoch, arena.rank, rank, token), 1.0f, kOtherRank};
+  return terms;
+}
+
+__device__ void ReceiveScalars(const MoEShape& shape, const Arena& arena, const CombineParams& p,
+                               uint32_t epoch, int64_t token, int rank, const TokenRows& own) {
+  const int lane = threadIdx.x % 32;
   float scalar = own.Scalar(shape, p);
   for (unsigned rest = __ballot_sync(kAllLanes, rank >= 0); rest != 0; rest &= rest - 1) {
     const int from = __shfl_sync(kAllLanes, rank, __ffs(rest) - 1);
@@ -209,21 +175,20 @@ __device__ void ReceiveToken(const MoEShape& shape, const Arena& arena, const Co
 // A few tokens at a time. A thread per peer waits for the chunk that they are in.
 template <typename T>
 __device__ void Receive(const MoEShape& shape, const Arena& arena, const Team& team,
-                        const CombineParams& p, uint32_t epoch, PieceRing& ring) {
+                        const CombineParams& p, uint32_t epoch, TermList& list, PieceRing& ring) {
   const int lane = threadIdx.x % 32, vectors = NumVectors(shape);
   const int64_t num_tasks = CeilDiv(p.num_tokens, kTokensPerTask);
-  const Share share(vectors, team.warp, kWarpsPerToken);
   Tasks tasks(team, &arena.Header()->receive_tasks);
   while (tasks.current() < num_tasks) {
-    const int64_t first = int64_t{tasks.current()} * kTokensPerTask,
-                  token = first + team.warp / kWarpsPerToken,
+    const int64_t first = int64_t{tasks.current()} * kTokensPerTask, token = first + team.warp,
                   chunk = first / arena.layout.tokens_per_chunk;
-    const bool in_range = token < p.num_tokens;
+    const bool in_range = team.warp < kTokensPerTask && token < p.num_tokens;
     tasks.Ask();
     // Fetched before the wait, so that its latency passes meanwhile.
     const int rank =
         in_range && lane < shape.topk ? p.tables.send_ranks[token * shape.topk + lane] : -1;
     const TokenRows own(shape, p, arena.rank, in_range ? token : first);
+    ListRanks(shape, arena, team, p, epoch, token, rank, own, in_range, list);
     bool arrived = true;
     for (int peer = team.thread; peer < shape.num_ranks; peer += kTeamThreads)
       if (peer != arena.rank)
@@ -231,11 +196,14 @@ __device__ void Receive(const MoEShape& shape, const Arena& arena, const Team& t
             Wait(arena, arena.ChunkFlag(arena.rank, peer, chunk), epoch, peer, Phase::kCombine);
     arrived = tasks.Advance(arrived);
     ptx::fence_proxy_async();  // what arrived is read by bulk copies
-    if (!in_range) continue;
-    if (arrived)
-      ReceiveToken<T>(shape, arena, p, share, epoch, token, rank, own, ring);
-    else
-      FillRow(static_cast<int4*>(p.out) + token * vectors, vectors, NaNs(shape.dtype));
+    int4* out = static_cast<int4*>(p.out) + first * vectors;
+    if (arrived) {
+      AddUp<T>(list, team, vectors, ring, [&](int i) { return out + int64_t{i} * vectors; });
+      if (in_range && p.row_scalars != nullptr)
+        ReceiveScalars(shape, arena, p, epoch, token, rank, own);
+    } else if (in_range) {
+      FillRow(out + int64_t{team.warp} * vectors, vectors, NaNs(shape.dtype));
+    }
   }
 }
 
@@ -255,13 +223,15 @@ __global__ void __launch_bounds__(kThreads, 1)
     CombineKernel(MoEShape shape, Arena arena, CombineParams p, int senders) {
   extern __shared__ __align__(128) std::byte shared[];
   const Team team;
-  PieceRing ring(shared, kWarps);
+  const WarpMemory memory(shared);
+  PieceRing ring(memory);
+  TermList& list = TeamMemory{memory, team.warp}.list();
   const uint32_t epoch = EnterEpoch(arena);
   if (p.tables.status[kCode] != 0) {
     FillNaN(shape, p);
   } else {
-    if (static_cast<int>(blockIdx.x) < senders) Send<T>(shape, arena, team, p, epoch, ring);
-    Receive<T>(shape, arena, team, p, epoch, ring);
+    if (static_cast<int>(blockIdx.x) < senders) Send<T>(shape, arena, team, p, epoch, list, ring);
+    Receive<T>(shape, arena, team, p, epoch, list, ring);
   }
   LeaveEpoch(arena, epoch, Phase::kCombine);
 }
@@ -272,8 +242,8 @@ cudaError_t LaunchCombine(const MoEShape& shape, const Arena& arena, const Combi
                           Blocks blocks, cudaStream_t stream) {
   VisitDType(shape.dtype, [&](auto* t) {
     CombineKernel<std::remove_pointer_t<decltype(t)>>
-        <<<blocks.total, kThreads, PieceRing::SharedBytes(kWarps), stream>>>(shape, arena, params,
-                                                                             blocks.senders);
+        <<<blocks.total, kThreads, WarpMemory::SharedBytes(kWarps), stream>>>(shape, arena, params,
+                                                                              blocks.senders);
   });
   return cudaGetLastError();
 }
@@ -281,7 +251,7 @@ cudaError_t LaunchCombine(const MoEShape& shape, const Arena& arena, const Combi
 cudaError_t LoadCombine(const MoEShape& shape) {
   return VisitDType(shape.dtype, [&](auto* t) {
     return AllowSharedMemory(CombineKernel<std::remove_pointer_t<decltype(t)>>,
-                             PieceRing::SharedBytes(kWarps));
+                             WarpMemory::SharedBytes(kWarps));
   });
 }
 

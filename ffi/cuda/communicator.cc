@@ -8,8 +8,8 @@ namespace jax_ep::cuda {
 namespace {
 
 // Shares of the blocks that send, the best of those tried on 4x H200 (docs/performance.md).
-constexpr double kDispatchSenders = 0.18;
-constexpr double kCombineSenders = 0.55;
+constexpr double kDispatchSenders = 0.07;
+constexpr double kCombineSenders = 0.25;
 
 // The CUDA device of a scope; handlers run on threads whose device XLA has chosen.
 class ScopedDevice {

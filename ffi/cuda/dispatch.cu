@@ -5,10 +5,10 @@
 //
 // Sending blocks come first in the grid and wait for nobody, so receivers always have something to
 // wait for that is running or done. They help to receive once all is sent.
-#include "cuda/bulk.cuh"
 #include "cuda/ops.h"
 #include "cuda/route.cuh"
 #include "cuda/rows.cuh"
+#include "cuda/terms.cuh"
 
 namespace jax_ep::cuda {
 namespace {
@@ -81,41 +81,6 @@ __device__ void Send(const MoEShape& shape, const Arena& arena, const Team& team
   if (unannounced >= 0) Announce(arena, team, epoch, unannounced);
 }
 
-// The gradient of combine, for one output row: the arrived gradient times the row's weight, and its
-// dot product with the row of y. Lanes and vectors are added in fixed order.
-template <typename T>
-__device__ void ScaleRow(const DispatchParams& p, const int4* from, int vectors, int64_t row) {
-  const int4* y = static_cast<const int4*>(p.y) + row * vectors;
-  int4* to = static_cast<int4*>(p.tokens) + row * vectors;
-  const Sum<T> weight = p.row_weights[row];
-  Sum<T> dot = 0;
-  constexpr int kUnroll = 7;
-  for (int first = threadIdx.x % 32; first < vectors; first += 32 * kUnroll) {
-    int4 g[kUnroll], rows[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u)
-      if (first + 32 * u < vectors) {
-        g[u] = ptx::ld_no_allocate(from + first + 32 * u);
-        rows[u] = ptx::ld_nc_no_allocate(y + first + 32 * u);
-      }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      if (first + 32 * u >= vectors) continue;
-      Sum<T> gradient[kPerVector<T>], of_y[kPerVector<T>], scaled[kPerVector<T>];
-      Vector<T>::Unpack(g[u], gradient);
-      Vector<T>::Unpack(rows[u], of_y);
-#pragma unroll
-      for (int i = 0; i < kPerVector<T>; ++i) {
-        dot += gradient[i] * of_y[i];
-        scaled[i] = weight * gradient[i];
-      }
-      ptx::st_no_allocate(to + first + 32 * u, Pack<T>(scaled));
-    }
-  }
-  for (int step = 16; step > 0; step /= 2) dot += __shfl_xor_sync(kAllLanes, dot, step);
-  if (threadIdx.x % 32 == 0) p.row_scalars[row] = static_cast<float>(dot);
-}
-
 // Stores the weights that came with a token beside its rows.
 __device__ void PlaceWeights(const MoEShape& shape, const DispatchParams& p, const float* weights,
                              int row, unsigned lanes) {
@@ -146,35 +111,138 @@ struct TokenSource {
   }
 };
 
-// One warp gives the rows of a token what they are due, NaN if it never came; lane k holds the k-th
-// row. T is void where rows are copied as bytes, and their element type where they are scaled.
-template <typename T>
-__device__ void ReceiveToken(const MoEShape& shape, const DispatchParams& p,
-                             const TokenSource& from, int row, bool arrived, RowBuffer& buffer) {
+// NaN for the rows of a token that never came; lane k holds the k-th.
+__device__ void PoisonRows(const MoEShape& shape, const DispatchParams& p, int row,
+                           unsigned lanes) {
   const int vectors = NumVectors(shape);
-  int4* tokens = static_cast<int4*>(p.tokens);
-  const unsigned lanes = __ballot_sync(kAllLanes, row >= 0);
-  if (!arrived) {
-    for (unsigned rest = lanes; rest != 0; rest &= rest - 1)
-      FillRow(tokens + int64_t{__shfl_sync(kAllLanes, row, __ffs(rest) - 1)} * vectors, vectors,
-              NaNs(shape.dtype));
-  } else if constexpr (std::is_void_v<T>) {
-    if (lanes != 0)
-      buffer.Copy(row >= 0 ? tokens + int64_t{row} * vectors : nullptr, from.row, vectors);
-    PlaceWeights(shape, p, from.weights, row, lanes);
-  } else {
-    for (unsigned rest = lanes; rest != 0; rest &= rest - 1)
-      ScaleRow<T>(p, from.row, vectors, __shfl_sync(kAllLanes, row, __ffs(rest) - 1));
-  }
+  for (unsigned rest = lanes; rest != 0; rest &= rest - 1)
+    FillRow(static_cast<int4*>(p.tokens) +
+                int64_t{__shfl_sync(kAllLanes, row, __ffs(rest) - 1)} * vectors,
+            vectors, NaNs(shape.dtype));
 }
 
-// A chunk of one source at a time, a warp per token. One thread waits for all: flags polled by
-// every warp would slow down what they wait for.
+// Gives arrived tokens to their rows: copies, a warp per token.
+class Expander {
+ public:
+  __device__ Expander(const Team& /*team*/, const WarpMemory& /*memory*/, RowBuffer& buffer)
+      : buffer_(buffer) {}
+
+  static __device__ int MaxTokens(int /*per_token*/) { return kTeamWarps; }
+
+  __device__ void Receive(const MoEShape& shape, const Team& /*team*/, const DispatchParams& p,
+                          const TokenSource& from, int row, bool arrived) {
+    const int vectors = NumVectors(shape);
+    const unsigned lanes = __ballot_sync(kAllLanes, row >= 0);
+    if (lanes == 0) return;
+    if (!arrived) return PoisonRows(shape, p, row, lanes);
+    buffer_.Copy(row >= 0 ? static_cast<int4*>(p.tokens) + int64_t{row} * vectors : nullptr,
+                 from.row, vectors);
+    PlaceWeights(shape, p, from.weights, row, lanes);
+  }
+
+ private:
+  RowBuffer& buffer_;
+};
+
+// The gradient of combine: each row gets its token's gradient times its weight, and the dot product
+// of that gradient with the row of y. The team's warps share the columns of all tokens.
 template <typename T>
+class Scaler {
+ public:
+  __device__ Scaler(const Team& team, const WarpMemory& memory, RowBuffer& buffer)
+      : memory_{memory, team.warp}, ring_(memory) {
+    buffer.WaitForStores();
+    team.Sync();
+  }
+
+  // A term for each row, and one for the gradient.
+  static __device__ int MaxTokens(int per_token) { return TermList::MaxTokens(per_token + 1); }
+
+  __device__ void Receive(const MoEShape& shape, const Team& team, const DispatchParams& p,
+                          const TokenSource& from, int row, bool arrived) {
+    const int lane = threadIdx.x % 32, vectors = NumVectors(shape);
+    const unsigned lanes = __ballot_sync(kAllLanes, row >= 0);
+    if (!arrived) return PoisonRows(shape, p, row, lanes);
+    TermList& list = memory_.list();
+    const int count = __popc(lanes);
+    Term* terms = list.Reserve(team, count > 0 ? count + 1 : 0, count > 0);
+    if (count > 0 && lane == 0) terms[0] = {from.row, 0.0f, kGradient};
+    if (row >= 0)
+      terms[1 + __popc(lanes & ((1u << lane) - 1))] = {
+          static_cast<const int4*>(p.y) + int64_t{row} * vectors, p.row_weights[row], row};
+    team.Sync();
+    for (int stretch = 0; stretch < Columns::NumStretches(vectors); ++stretch)
+      ScaleColumns(p, vectors, list, Columns(team, vectors, stretch), stretch == 0);
+    team.Sync();
+    for (int i = team.thread; i < list.size(); i += kTeamThreads)
+      if (list.terms[i].tag != kGradient) p.row_scalars[list.terms[i].tag] = Dot(i);
+  }
+
+ private:
+  // The tag of a term is its row.
+  static constexpr int32_t kGradient = -1;
+
+  // One warp's columns. Leaves its part of each row's dot product.
+  __device__ void ScaleColumns(const DispatchParams& p, int vectors, const TermList& list,
+                               const Columns& columns, bool first) {
+    constexpr int kPerLane = PieceRing::kPerLane;
+    const int lane = threadIdx.x % 32;
+    float* dots = memory_.numbers(memory_.warp_of_team);
+    int4 gradient[kPerLane];
+    TermStream stream(list, columns, ring_);
+    for (int i = 0; i < list.size(); ++i) {
+      const Term& term = list.terms[i];
+      Sum<T> dot = 0;
+      if (columns.size() > 0) {
+        const int4* piece = stream.Front();
+        int4* to = static_cast<int4*>(p.tokens) + int64_t{term.tag} * vectors + columns.begin;
+#pragma unroll
+        for (int u = 0; u < kPerLane; ++u) {
+          if (lane + 32 * u >= columns.size()) continue;
+          const int4 v = piece[32 * u];
+          if (term.tag == kGradient)
+            gradient[u] = v;
+          else
+            ptx::st_no_allocate(to + lane + 32 * u, Scale(gradient[u], v, term.weight, dot));
+        }
+        stream.Pop();
+      }
+      for (int step = 16; step > 0; step /= 2) dot += __shfl_xor_sync(kAllLanes, dot, step);
+      if (lane == 0) dots[i] = (first ? 0.0f : dots[i]) + static_cast<float>(dot);
+    }
+  }
+
+  static __device__ __forceinline__ int4 Scale(const int4& gradient, const int4& of_y,
+                                               Sum<T> weight, Sum<T>& dot) {
+    Sum<T> g[kPerVector<T>], y[kPerVector<T>], scaled[kPerVector<T>];
+    Vector<T>::Unpack(gradient, g);
+    Vector<T>::Unpack(of_y, y);
+#pragma unroll
+    for (int i = 0; i < kPerVector<T>; ++i) {
+      dot += g[i] * y[i];
+      scaled[i] = weight * g[i];
+    }
+    return Pack<T>(scaled);
+  }
+
+  // All warps' parts, in order.
+  __device__ float Dot(int term) const {
+    float dot = 0;
+    for (int warp = 0; warp < kTeamWarps; ++warp) dot += memory_.numbers(warp)[term];
+    return dot;
+  }
+
+  const TeamMemory memory_;
+  PieceRing ring_;
+};
+
+// A few tokens of one source at a time, a warp for each. One thread waits for all: flags polled by
+// every warp would slow down what they wait for.
+template <typename Receiver>
 __device__ void Receive(const MoEShape& shape, const Arena& arena, const Team& team,
-                        const DispatchParams& p, uint32_t epoch, RowBuffer& buffer) {
+                        const DispatchParams& p, uint32_t epoch, Receiver& receiver) {
   const int lane = threadIdx.x % 32, per_token = shape.rows_per_token(), ranks = shape.num_ranks,
-            per_chunk = arena.layout.tokens_per_chunk;
+            per_chunk = arena.layout.tokens_per_chunk, at_a_time = Receiver::MaxTokens(per_token);
   const int64_t num_tasks = CeilDiv(p.num_tokens, per_chunk) * ranks;
   Tasks tasks(team, &arena.Header()->receive_tasks);
   while (tasks.current() < num_tasks) {
@@ -182,24 +250,26 @@ __device__ void Receive(const MoEShape& shape, const Arena& arena, const Team& t
     const int source = (arena.rank + static_cast<int>(tasks.current() % ranks)) % ranks;
     const int64_t chunk = tasks.current() / ranks, first = chunk * per_chunk,
                   last = min(first + per_chunk, p.num_tokens);
-    const auto row_of = [&](int64_t token) {
-      return token < last && lane < per_token
+    const auto row_of = [&](int64_t begin) {
+      const int64_t token = begin + team.warp;
+      return team.warp < at_a_time && token < last && lane < per_token
                  ? p.tables.recv_rows[(source * p.num_tokens + token) * per_token + lane]
                  : static_cast<int32_t>(kNotMine);
     };
     tasks.Ask();
     // Fetched before the wait, so that its latency passes meanwhile.
-    int row = row_of(first + team.warp);
+    int row = row_of(first);
     bool arrived = true;
     if (team.thread == 0 && source != arena.rank)
       arrived =
           Wait(arena, arena.ChunkFlag(arena.rank, source, chunk), epoch, source, Phase::kDispatch);
     arrived = tasks.Advance(arrived);
     ptx::fence_proxy_async();  // what arrived is read by bulk copies
-    for (int64_t token = first + team.warp; token < last; token += kTeamWarps) {
-      ReceiveToken<T>(shape, p, TokenSource(shape, arena, p, epoch, source, token), row, arrived,
-                      buffer);
-      row = row_of(token + kTeamWarps);
+    for (int64_t begin = first; begin < last; begin += at_a_time) {
+      const int64_t token = min(begin + team.warp, last - 1);
+      receiver.Receive(shape, team, p, TokenSource(shape, arena, p, epoch, source, token), row,
+                       arrived);
+      row = row_of(begin + at_a_time);
     }
   }
 }
@@ -237,13 +307,15 @@ __device__ void FillNaN(const MoEShape& shape, const DispatchParams& p, RowBuffe
   FillRows(shape, p, 0, shape.capacity, blockIdx.x, gridDim.x, buffer, __int_as_float(0x7fc00000));
 }
 
+// T is void where rows are copied, and their element type where they are scaled.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 1)
     DispatchKernel(MoEShape shape, Arena arena, DispatchParams p, const int32_t* topk_ids,
                    int senders) {
   extern __shared__ __align__(128) std::byte shared[];
   const Team team;
-  RowBuffer buffer(shared, kWarps);
+  const WarpMemory memory(shared);
+  RowBuffer buffer(memory);
   const uint32_t epoch = EnterEpoch(arena);
   const int block = static_cast<int>(blockIdx.x) - senders,
             blocks = static_cast<int>(gridDim.x) - senders;
@@ -254,7 +326,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     FillNaN(shape, p, buffer);
   } else {
     if (block >= 0) FillPadding(shape, p, block, blocks, buffer);
-    Receive<T>(shape, arena, team, p, epoch, buffer);
+    using Receiver = std::conditional_t<std::is_void_v<T>, Expander, Scaler<T>>;
+    Receiver receiver(team, memory, buffer);
+    Receive(shape, arena, team, p, epoch, receiver);
   }
   buffer.WaitForStores();
   LeaveEpoch(arena, epoch, Phase::kDispatch);
@@ -266,9 +340,9 @@ cudaError_t LaunchDispatch(const MoEShape& shape, const Arena& arena, const Disp
                            const int32_t* topk_ids, Blocks blocks, cudaStream_t stream) {
   const auto launch = [&](auto* kernel) {
     if (topk_ids != nullptr)
-      return LaunchOverlapping(kernel, blocks.total, kThreads, RowBuffer::SharedBytes(kWarps),
+      return LaunchOverlapping(kernel, blocks.total, kThreads, WarpMemory::SharedBytes(kWarps),
                                stream, shape, arena, params, topk_ids, blocks.senders);
-    kernel<<<blocks.total, kThreads, RowBuffer::SharedBytes(kWarps), stream>>>(
+    kernel<<<blocks.total, kThreads, WarpMemory::SharedBytes(kWarps), stream>>>(
         shape, arena, params, topk_ids, blocks.senders);
     return cudaGetLastError();
   };
@@ -279,7 +353,7 @@ cudaError_t LaunchDispatch(const MoEShape& shape, const Arena& arena, const Disp
 }
 
 cudaError_t LoadDispatch(const MoEShape& shape) {
-  const size_t bytes = RowBuffer::SharedBytes(kWarps);
+  const size_t bytes = WarpMemory::SharedBytes(kWarps);
   const cudaError_t error = AllowSharedMemory(DispatchKernel<void>, bytes);
   if (error != cudaSuccess) return error;
   return VisitDType(shape.dtype, [&](auto* t) {

@@ -36,7 +36,7 @@ __device__ const int32_t* ExchangeIds(const MoEShape& shape, const Arena& arena,
 
 // Counts one token into shared memory.
 __device__ void CountToken(const MoEShape& shape, const int32_t* ids, int32_t* counts) {
-  const Columns columns(shape);
+  const HistogramColumns columns(shape);
   for (int k = 0; k < shape.topk; ++k) {
     if (IsExpert(shape, ids[k]))
       atomicAdd(&counts[columns.experts + ids[k]], 1);

@@ -52,7 +52,7 @@ struct WarpCounts {
 
 __device__ void FillGroups(const MoEShape& shape, const Arena& arena, int parts_per_source,
                            const Groups& groups) {
-  const Columns columns(shape);
+  const HistogramColumns columns(shape);
   const bool rank_major = shape.layout == OutputLayout::kRankMajor;
   for (int group = threadIdx.x; group < shape.num_row_groups(); group += blockDim.x) {
     const int column = rank_major ? columns.ranks + arena.rank
@@ -98,7 +98,7 @@ __device__ void FillSendRanks(const MoEShape& shape, const RouteParams& params, 
 __device__ void PlaceTokenRows(const MoEShape& shape, const Arena& arena, const Team& team,
                                const RouteParams& params, const Part& part, const Groups& groups,
                                int32_t* hits_of_warps, const int32_t* ids) {
-  const int lane = threadIdx.x % 32, column = Columns(shape).ranks + arena.rank;
+  const int lane = threadIdx.x % 32, column = HistogramColumns(shape).ranks + arena.rank;
   const int64_t token = part.begin + team.thread;
   const int32_t* mine = ids + token * shape.topk;
   const bool hit = token < part.end && Hits(shape, mine, arena.rank);
@@ -139,7 +139,7 @@ __device__ void PlaceExpertRows(const MoEShape& shape, const Arena& arena, const
     if (const int group = group_at(i); group >= 0) atomicAdd(&next[group], 1);
   team.Sync();
   for (int group = team.thread; group < num_groups; group += kTeamThreads) {
-    const int column = Columns(shape).experts + arena.rank * shape.local_experts() + group;
+    const int column = HistogramColumns(shape).experts + arena.rank * shape.local_experts() + group;
     int64_t row =
         static_cast<int64_t>(groups.starts[group]) + CountRange(arena, column, 0, part.histogram);
     for (int warp = 0; warp < kTeamWarps; ++warp) {
@@ -169,7 +169,7 @@ __device__ void PlaceExpertRows(const MoEShape& shape, const Arena& arena, const
 // Rows that each rank needs, padding included, into shared needed[R]: a warp per rank.
 __device__ void CountNeeded(const MoEShape& shape, const Arena& arena, int parts,
                             long long* needed) {
-  const Columns columns(shape);
+  const HistogramColumns columns(shape);
   const int lane = threadIdx.x % 32;
   for (int rank = threadIdx.x / 32; rank < shape.num_ranks; rank += blockDim.x / 32) {
     long long rows = 0;
@@ -235,7 +235,7 @@ __device__ void FillSummary(const MoEShape& shape, const Arena& arena, const Rou
   __shared__ int bad_ids[kMaxRanks];
   __shared__ long long needed[kMaxRanks];
   for (int rank = threadIdx.x; rank < shape.num_ranks; rank += blockDim.x)
-    bad_ids[rank] = CountRange(arena, Columns(shape).bad_ids, rank * parts_per_source,
+    bad_ids[rank] = CountRange(arena, HistogramColumns(shape).bad_ids, rank * parts_per_source,
                                (rank + 1) * parts_per_source);
   CountNeeded(shape, arena, shape.num_ranks * parts_per_source, needed);
   const int dropped = FillGroupTables(shape, params, groups);

@@ -70,11 +70,11 @@ struct Part {
   }
 };
 
-// Columns of a histogram.
-struct Columns {
+// HistogramColumns of a histogram.
+struct HistogramColumns {
   int experts, ranks, bad_ids;
 
-  __device__ explicit Columns(const MoEShape& shape)
+  __device__ explicit HistogramColumns(const MoEShape& shape)
       : experts(0), ranks(shape.num_experts), bad_ids(shape.num_experts + shape.num_ranks) {}
 };
 
