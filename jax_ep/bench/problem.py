@@ -16,15 +16,15 @@ from jax_ep.bench.workloads import Traffic, Workload
 
 
 class Problem:
-    """To be closed: use it as a context manager."""
+    """To be closed: use it as a context manager. Further arguments are the communicator's."""
 
-    def __init__(self, workload: Workload, mesh: Mesh, *, num_sms: int | None = None, dtype=jnp.bfloat16):
+    def __init__(self, workload: Workload, mesh: Mesh, dtype=jnp.bfloat16, **arguments):
         self.workload, self.mesh, self.dtype, self.num_ranks = workload, mesh, dtype, mesh.shape[AXIS]
         self._routing = workload.routing(self.num_ranks)
         self.traffic = Traffic.of(workload, self._routing, self.num_ranks)
         # What a skewed routing needs, where that is more than balanced routing would.
         self.capacity = max(workload.capacity, _shapes.align_up(self.traffic.rows_received, 128))
-        self.comm = self.communicator(num_sms=num_sms)
+        self.comm = self.communicator(**arguments)
         self.topk_ids = self.shard(self._routing)
         self.weights = self.shard(workload.weights(self.num_ranks))
         self.x = self.random((self.num_ranks * workload.num_tokens, workload.hidden_size), seed=2)

@@ -39,12 +39,15 @@ class Row:
     error: str | None = None
     link_bytes: int = 0  # through the busier direction of its link
     local_bytes: int = 0  # read and written in its own memory
-    note: str = ""
 
-    @staticmethod
-    def of(data: dict[str, Any]) -> Row:
-        times = data["times"] and Times(data["times"]["samples"], data["times"]["num_calls"])
-        return Row(**(data | dict(times=times)))
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """A row of a sweep over "blocks" or "tokens"."""
+
+    axis: str
+    value: int
+    row: Row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,15 +81,38 @@ class Baseline:
     times: Times | None
     error: str | None = None
 
-    @staticmethod
-    def of(data: dict[str, Any]) -> Baseline:
-        times = data["times"] and Times(data["times"]["samples"], data["times"]["num_calls"])
-        return Baseline(**(data | dict(times=times)))
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """A program's time beside another's."""
+
+    name: str
+    times: Times | None
+    error: str | None
+    beside: str = ""
+    beside_times: Times | None = None
+
+    def against(self, beside: str, times: Times | None) -> Comparison:
+        return dataclasses.replace(self, beside=beside, beside_times=times)
+
+
+@dataclasses.dataclass(frozen=True)
+class StressResult:
+    rounds: int
+    wrong_sums: int  # rounds in which a token came back with another value
+    wrong_rows: int  # rounds in which the received rows were not those sent
+    rounds_per_s: float
 
 
 def fastest(baselines: list[Baseline], op: str) -> Baseline | None:
     measured = [b for b in baselines if b.op == op and b.times is not None]
     return min(measured, key=lambda b: b.times.median if b.times else 0.0, default=None)
+
+
+def restored(kind: type, data: dict[str, Any]):
+    """A dataclass from what `dataclasses.asdict` made of it."""
+    times = {name: Times(**value) for name, value in data.items() if name.endswith("times") and value}
+    return kind(**(data | times))
 
 
 def first_line(error: BaseException, limit: int = 200) -> str:

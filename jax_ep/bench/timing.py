@@ -72,7 +72,9 @@ def count_copies(text: str, min_bytes: int) -> int:
     return count
 
 
-def check_chain(one: str, many: str, num_calls: int, marker: str | None, calls_each: int | None, min_bytes: int) -> None:
+def check_chain(
+    one: str, many: str, num_calls: int, marker: str | None, calls_each: int | None, min_bytes: int
+) -> None:
     """Raises unless the compiled text `many` does `num_calls` times what `one` does."""
     if marker is not None:
         each = count_calls(one, marker)
@@ -95,8 +97,10 @@ def measure(
     marker: str | None = None,
     calls_each: int | None = None,
     compiler_options: dict | None = None,
+    verify: Callable = lambda out: None,
 ) -> Times:
-    """Times `op(changing, *fixed)`, mapped over the mesh's axis; all are arrays sharded along it.
+    """Times `op(changing, *fixed)`, mapped over the mesh's axis; all are arrays sharded along it. `verify` is given
+    the result of one call, to raise what is wrong with it.
 
     Raises:
       UnexpectedProgram: the compiled program does not make as many calls as it should; those are counted by the regular
@@ -104,7 +108,7 @@ def measure(
     """
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     compiled = one = compile_chain(op, mesh, changing, fixed, 1, compiler_options)
-    per_call, result_bytes = _first_impression(one, changing, fixed, mesh)
+    per_call, result_bytes = _first_impression(one, changing, fixed, mesh, verify)
     largest = max(leaf.nbytes for leaf in jax.tree.leaves((changing, fixed))) // mesh.size
     # The CPU compiler drops barriers and runs independent calls side by side: one call per program there.
     num_calls = 1 if on_cpu else _calls_per_program(per_call, result_bytes // mesh.size)
@@ -144,10 +148,11 @@ def agreed_maximum(value: float, mesh: Mesh) -> float:
     return float(np.asarray(maximum.addressable_data(0)))
 
 
-def _first_impression(one, changing, fixed, mesh: Mesh) -> tuple[float, int]:
+def _first_impression(one, changing, fixed, mesh: Mesh, verify: Callable) -> tuple[float, int]:
     """Seconds per call, the same in all processes, and the bytes of its results on all devices."""
-    out = jax.block_until_ready(one((changing,), fixed))
+    (out,) = jax.block_until_ready(one((changing,), fixed))
     result_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(out))
+    verify(out)
     del out
     return agreed_maximum(seconds(lambda: one((changing,), fixed)), mesh), result_bytes
 
