@@ -21,8 +21,6 @@ from jax_ep.bench.results import Baseline, Ceilings, Comparison, Point, Row, Str
 from jax_ep.bench.stages import Stage, StageFailed, run_resiliently, run_stage
 from jax_ep.bench.workloads import WORKLOADS
 
-# A baseline that says nothing for so long hangs; compiling takes long as well.
-_SILENCE_S = 150.0
 _KINDS: dict[str, Callable] = dict(
     row=lambda data: restored(Row, data),
     comparison=lambda data: restored(Comparison, data),
@@ -37,7 +35,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--workload", choices=sorted(WORKLOADS), help="default: train-4k on GPUs, cpu-2k elsewhere")
     parser.add_argument("--devices", type=int, help="ranks; default: all GPUs, or 8 virtual CPU devices")
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="as many processes, each with its GPU")
-    parser.add_argument("--only", metavar="TEXT", help="measure the rows of ours whose name contains it")
+    parser.add_argument("--only", metavar="TEXT", help="measure rows whose name contains it")
     parser.add_argument("--blocks", type=int, metavar="N", help="num_sms of the communicator that is measured")
     parser.add_argument("--skip-stock", action="store_true", help="no baselines")
     parser.add_argument("--skip-flags", action="store_true", help="baselines with XLA's default flags only")
@@ -50,6 +48,9 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--json", metavar="PATH", help="write all numbers there")
     parser.add_argument("--plot", metavar="PATH.png", help="sweep block and token counts, and draw them there")
     parser.add_argument("--timeout", type=float, default=3600.0, metavar="S", help="for each stage; default 3600")
+    parser.add_argument(
+        "--baseline-timeout", type=float, default=180.0, metavar="S", help="a baseline that takes longer hangs"
+    )
     arguments = parser.parse_args()
     if arguments.processes < 1:
         parser.error("--processes: at least 1")
@@ -63,7 +64,8 @@ def _parse_arguments() -> argparse.Namespace:
 class Run:
     """What the stages said so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, baseline_timeout_s: float) -> None:
+        self._baseline_timeout_s = baseline_timeout_s
         self.environment: dict[str, str] = {}
         self.problem: dict[str, Any] = {}
         self.ceilings = Ceilings(None, None, None, {})
@@ -98,7 +100,7 @@ class Run:
         """Runs it to its end, good or bad."""
         try:
             if stage.name == "baselines":
-                run_resiliently(stage, self.hear, timeout_s=timeout_s, silence_s=_SILENCE_S)
+                run_resiliently(stage, self.hear, timeout_s=timeout_s, silence_s=self._baseline_timeout_s)
             else:
                 for kind, content in run_stage(stage, timeout_s=timeout_s):
                     self.hear(kind, content)
@@ -125,11 +127,12 @@ def main() -> int:
         only=arguments.only,
         blocks=arguments.blocks,
         comparisons=arguments.comparisons,
+        sweeps=arguments.plot is not None,
         sweep_flags=not arguments.skip_flags,
         stress_rounds=arguments.stress or 0,
     )
-    names = ["ours"] + ["baselines"] * (not arguments.skip_stock) + ["sweeps"] * bool(arguments.plot)
-    run = Run()
+    names = ["ours"] + ["baselines"] * (not arguments.skip_stock)
+    run = Run(arguments.baseline_timeout)
     for name in ["stress"] if arguments.stress else names:
         run.stage(dataclasses.replace(stage, name=name), arguments.timeout)
     _print(run)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from jax_ep.bench.problem import Problem
-from jax_ep.bench.results import Baseline, fastest, first_line
+from jax_ep.bench.results import STOCK_OPS, Baseline, fastest, first_line
 from jax_ep.bench.stock import Pipeline
 from jax_ep.bench.timing import AXIS, COLLECTIVES, measure
 from jax_ep.bench.verify import Expected, expect_close, expect_equal
@@ -17,18 +17,17 @@ from jax_ep.bench.workloads import Traffic, Workload
 
 # A pipeline that is this much slower than the fastest is not measured further.
 _HOPELESS = 1.5
-_OTHER_OPS = ("dispatch", "combine", "forward + backward")
 
 _EVERYWHERE: dict[str, dict[str, Any]] = {"default": {}}
-_ON_GPUS = {
+_ON_GPUS: dict[str, dict[str, Any]] = {
     "latency hiding": {"xla_gpu_enable_latency_hiding_scheduler": True},
     "no command buffers": {"xla_gpu_enable_command_buffer": ""},
     "NCCL user buffers": {"xla_gpu_enable_nccl_user_buffers": True},
     "NCCL symmetric buffers": {"xla_gpu_experimental_enable_nccl_symmetric_buffers": True},
 }
-_DENSE = {"local p2p by memcpy": {"xla_gpu_use_memcpy_local_p2p": True}}
-_NOT_ONE_SHOT = {"xla_gpu_unsupported_use_ragged_all_to_all_one_shot_kernel": False}
-_RAGGED = {
+_DENSE: dict[str, dict[str, Any]] = {"local p2p by memcpy": {"xla_gpu_use_memcpy_local_p2p": True}}
+_NOT_ONE_SHOT: dict[str, Any] = {"xla_gpu_unsupported_use_ragged_all_to_all_one_shot_kernel": False}
+_RAGGED: dict[str, dict[str, Any]] = {
     "no one-shot kernel": _NOT_ONE_SHOT,
     "NCCL send and recv": _NOT_ONE_SHOT | {"xla_gpu_allow_ragged_all_to_all_nccl_send_recv_fallback": True},
     "decomposed": _NOT_ONE_SHOT | {"xla_gpu_unsupported_enable_ragged_all_to_all_decomposer": True},
@@ -94,13 +93,18 @@ def flag_sets(ragged: bool, on_cpu: bool, sweep: bool) -> dict[str, dict[str, An
     return _EVERYWHERE | _ON_GPUS | (_RAGGED if ragged else _DENSE)
 
 
-def num_at_most(on_cpu: bool, sweep: bool) -> int:
+def num_at_most(on_cpu: bool, sweep: bool, only: str | None) -> int:
     forward = 2 * sum(len(flag_sets(ragged, on_cpu, sweep)) for ragged in (False, True))
-    return forward + 4 * len(_OTHER_OPS)
+    return forward + 4 * len(_other_ops(only))
+
+
+def _other_ops(only: str | None) -> list[str]:
+    """Those that do the same as a row that is asked for."""
+    return [op for row, op in STOCK_OPS.items() if op != "forward" and (only is None or only in row)]
 
 
 def measure_baselines(
-    problem: Problem, *, sweep: bool, begin: Callable[[Configuration], Baseline | None]
+    problem: Problem, *, sweep: bool, only: str | None, begin: Callable[[Configuration], Baseline | None]
 ) -> Iterator[tuple[str, Baseline]]:
     """Times the whole forward pass with every set of flags, then each op with its pipeline's best; yields keys too.
 
@@ -120,7 +124,7 @@ def measure_baselines(
             yield configuration.key, forward[-1][1]
     best = fastest([baseline for _, baseline in forward], "forward")
     for configuration in _worth_more(forward, best):
-        for op in _OTHER_OPS:
+        for op in _other_ops(only):
             other = dataclasses.replace(configuration, op=op)
             yield other.key, run(other)
 

@@ -9,15 +9,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from jax_ep.bench import peers
-from jax_ep.bench.results import Baseline, Ceilings, Comparison, Row, StressResult, Times, fastest
+from jax_ep.bench.results import STOCK_OPS, Baseline, Ceilings, Comparison, Row, StressResult, Times, fastest
 
-# Which of stock JAX's ops does the same as each of our rows. Routing can be cached there as well, but is not.
-_STOCK_OP = {
-    "dispatch, fresh routing": "dispatch",
-    "combine, weighted": "combine",
-    "forward": "forward",
-    "forward + backward": "forward + backward",
-}
 _LEGEND = """\
 us: median per call, calls chained in one program with nothing between them; spread: half the repeats' range over it.
 link floor: payload of the busier direction of the most loaded rank's link, at the rate of plain stores to all peers.
@@ -78,7 +71,7 @@ def print_rows(rows: list[Row], ceilings: Ceilings, baselines: list[Baseline]) -
     header = ["op", "us", "spread", "link floor us", "local floor us", "x floor", "best stock us", "times faster"]
     lines = []
     for row in rows:
-        stock = fastest(baselines, _STOCK_OP.get(row.name, ""))
+        stock = fastest(baselines, STOCK_OPS.get(row.name, ""))
         stock_s = stock.times.median if stock and stock.times else None
         median = row.times.median if row.times else None
         lines.append(
@@ -93,9 +86,9 @@ def print_rows(rows: list[Row], ceilings: Ceilings, baselines: list[Baseline]) -
 def print_comparisons(comparisons: list[Comparison]) -> None:
     lines = []
     for c in comparisons:
+        median = c.times.median if c.times else None
         beside = c.beside_times.median if c.beside_times else None
-        beside_cells = [us(beside), ratio(c.times and c.times.median, beside)]
-        lines.append([c.name, *times_cells(c.times), c.beside or "-", *beside_cells])
+        lines.append([c.name, *times_cells(c.times), c.beside or "-", us(beside), ratio(median, beside)])
     print("\n" + format_table(["program", "us", "spread", "against", "us", "ratio"], lines))
     _print_failures((c.name, c.error) for c in comparisons)
 

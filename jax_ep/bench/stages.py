@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+_WORKER = [sys.executable, "-m", "jax_ep.bench.worker"]
 # How long the other processes of a stage may go on once one has failed.
 _GRACE_S = 15.0
 
@@ -33,7 +34,7 @@ class Stage:
     only: str | None = None
     blocks: int | None = None
     comparisons: bool | None = None  # None: on GPUs
-    plot: bool = False
+    sweeps: bool = False
     sweep_flags: bool = True
     stress_rounds: int = 0
     known: dict[str, Any] = dataclasses.field(default_factory=dict)  # baselines, by configuration
@@ -78,8 +79,9 @@ def _start(stage: Stage, events: int, log) -> subprocess.Popen:
     reports = stage.process == 0
     stage = dataclasses.replace(stage, events=events if reports else None)
     return subprocess.Popen(
-        [sys.executable, *(f"-W{option}" for option in sys.warnoptions), "-m", "jax_ep.bench.worker"]
-        + [json.dumps(dataclasses.asdict(stage))],
+        [*_WORKER, json.dumps(dataclasses.asdict(stage))],
+        # Warnings are there what they are here.
+        env=os.environ | dict(PYTHONWARNINGS=",".join(sys.warnoptions)),
         pass_fds=(events,) if reports else (),
         stdin=subprocess.DEVNULL,
         stdout=log,
@@ -111,7 +113,9 @@ def _events(reading: int, workers, deadline: float, silence_s: float) -> Iterato
 
 def _wait(workers) -> None:
     deadline = time.monotonic() + _GRACE_S
-    while any(worker.poll() is None for worker in workers) and time.monotonic() < deadline:
+    while any(worker.poll() is None for worker in workers):
+        if time.monotonic() > deadline:
+            raise StageFailed(_why(workers) or "a process did not end")
         time.sleep(0.02)
     if why := _why(workers):
         raise StageFailed(why)

@@ -40,7 +40,7 @@ class Plan(NamedTuple):
 
     outgoing: Pairing  # my tokens -> slots that I send
     arriving: Pairing  # slots that I receive -> rows by expert
-    sizes: jax.Array  # [R, R], slots from each rank to each rank
+    sizes: jax.Array | None  # [R, R], slots from each rank to each rank, where those are exact
     num_tokens_per_expert: jax.Array  # [L]
 
 
@@ -77,7 +77,7 @@ class Pipeline:
         """Also the weights: where sums are made by the expert's rank, those that arrived there."""
         dest, local_ids = self._slots_wanted(topk_ids)
         order = grouped(dest, self.num_ranks)
-        sizes = lax.all_gather(order.counts, self.axis_name)
+        sizes = lax.all_gather(order.counts, self.axis_name) if self.ragged else None
         # Slots for one rank are contiguous; dense ones begin at multiples.
         every = self.slots_sent // self.num_ranks
         bases = order.starts if self.ragged else jnp.arange(self.num_ranks, dtype=jnp.int32) * every
@@ -143,11 +143,10 @@ def paired(order: Order, shape: tuple[int, int], bases, num_rows: int) -> Pairin
     group = jnp.minimum(order.groups, num_groups - 1)
     rows = jnp.arange(order.positions.size, dtype=jnp.int32) + (bases - order.starts)[group]
     rows = jnp.where((order.groups < num_groups) & (rows < num_rows), rows, -1)
-    unique = dict(unique_indices=True, mode="drop")
-    # Those without a row would need an index each: they all miss, and what misses may be equal.
+    # Indices are promised to be unique, so those without a row each miss at one of their own.
     targets = jnp.where(rows >= 0, rows, num_rows + jnp.arange(rows.size, dtype=jnp.int32))
-    places = jnp.full((num_rows,), -1, jnp.int32).at[targets].set(order.positions, **unique)
-    of_source = jnp.zeros_like(rows).at[order.positions].set(rows, **unique)
+    places = jnp.full((num_rows,), -1, jnp.int32).at[targets].set(order.positions, unique_indices=True, mode="drop")
+    of_source = jnp.zeros_like(rows).at[order.positions].set(rows, unique_indices=True)
     return Pairing(places, of_source.reshape(shape))
 
 

@@ -66,7 +66,7 @@ def count_calls(text: str, marker: str) -> int:
 def count_copies(text: str, min_bytes: int) -> int:
     """Copy instructions of at least `min_bytes` in a compiled program."""
     count = 0
-    for dtype, dims in re.findall(r"= \(?([a-z]+\d+\w*)\[([\d,]*)\]\S* copy(?:-start)?\(", text):
+    for dtype, dims in re.findall(r"= \(?([a-z]+\d+\w*)\[([\d,]*)\][^=\n]*? copy(?:-start)?\(", text):
         bits = int(re.findall(r"\d+", dtype)[0])
         count += math.prod(int(d) for d in dims.split(",") if d) * bits // 8 >= min_bytes
     return count
@@ -111,7 +111,7 @@ def measure(
     per_call, result_bytes = _first_impression(one, changing, fixed, mesh, verify)
     largest = max(leaf.nbytes for leaf in jax.tree.leaves((changing, fixed))) // mesh.size
     # The CPU compiler drops barriers and runs independent calls side by side: one call per program there.
-    num_calls = 1 if on_cpu else _calls_per_program(per_call, result_bytes // mesh.size)
+    num_calls = 1 if on_cpu else _calls_per_program(per_call, result_bytes // mesh.size, mesh)
     if num_calls > 1:
         compiled = compile_chain(op, mesh, changing, fixed, num_calls, compiler_options)
     check_chain(one.as_text(), compiled.as_text(), num_calls, marker, calls_each, max(1, largest // 16))
@@ -157,8 +157,9 @@ def _first_impression(one, changing, fixed, mesh: Mesh, verify: Callable) -> tup
     return agreed_maximum(seconds(lambda: one((changing,), fixed)), mesh), result_bytes
 
 
-def _calls_per_program(per_call: float, result_bytes: int) -> int:
-    """As many as fill a program's time, within what their results may take."""
+def _calls_per_program(per_call: float, result_bytes: int, mesh: Mesh) -> int:
+    """As many as fill a program's time, within what their results may take; the same in all processes."""
     stats = jax.local_devices()[0].memory_stats() or {}
     room = stats.get("bytes_limit", 2**34) * _RESULTS_SHARE
-    return int(max(1, min(_MAX_CALLS, _SECONDS_PER_PROGRAM / per_call, room / max(1, result_bytes))))
+    calls = int(min(_MAX_CALLS, _SECONDS_PER_PROGRAM / per_call, room / max(1, result_bytes)))
+    return int(agreed_maximum(max(1, calls), mesh))

@@ -100,6 +100,9 @@ def _ours(stage: Stage, mesh: Mesh, workload: Workload, on_cpu: bool, report: Re
         if stage.comparisons if stage.comparisons is not None else not on_cpu:
             for comparison in comparisons.measure_all(problem, measured_rows):
                 report("comparison", comparison)
+    if stage.sweeps:
+        for point in sweeps.measure_sweeps(workload, mesh):
+            report("point", point)
 
 
 def _baselines(stage: Stage, mesh: Mesh, workload: Workload, on_cpu: bool, report: Reporter) -> None:
@@ -111,14 +114,10 @@ def _baselines(stage: Stage, mesh: Mesh, workload: Workload, on_cpu: bool, repor
         return None
 
     with Problem(workload, mesh) as problem:
-        report("total", baselines.num_at_most(on_cpu, stage.sweep_flags))
-        for key, baseline in baselines.measure_baselines(problem, sweep=stage.sweep_flags, begin=begin):
+        report("total", baselines.num_at_most(on_cpu, stage.sweep_flags, stage.only))
+        measured = baselines.measure_baselines(problem, sweep=stage.sweep_flags, only=stage.only, begin=begin)
+        for key, baseline in measured:
             report("baseline", dict(key=key, baseline=baseline))
-
-
-def _sweeps(stage: Stage, mesh: Mesh, workload: Workload, on_cpu: bool, report: Reporter) -> None:
-    for point in sweeps.measure_sweeps(workload, mesh):
-        report("point", point)
 
 
 def _stress(stage: Stage, mesh: Mesh, workload: Workload, on_cpu: bool, report: Reporter) -> None:
@@ -126,7 +125,7 @@ def _stress(stage: Stage, mesh: Mesh, workload: Workload, on_cpu: bool, report: 
         report("stress", result)
 
 
-_STAGES = dict(ours=_ours, baselines=_baselines, sweeps=_sweeps, stress=_stress)
+_STAGES = dict(ours=_ours, baselines=_baselines, stress=_stress)
 
 
 def main() -> None:
@@ -137,7 +136,6 @@ def main() -> None:
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     report("environment", _environment(mesh))
     _STAGES[stage.name](stage, mesh, _workload(stage, on_cpu), on_cpu, report)
-    report("done", None)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ WORKLOADS = {
     workload.name: workload
     for workload in (
         Workload("train-4k", 4096, 7168, 256, 8),
-        Workload("train-4k-skewed", 4096, 7168, 256, 8, zipf_exponent=0.7),
+        Workload("train-4k-skewed", 4096, 7168, 256, 8, zipf_exponent=1.0),
         Workload("small", 8192, 2048, 64, 8),
         Workload("decode", 128, 7168, 256, 8),
         Workload("cpu-2k", 2048, 1024, 64, 8),
