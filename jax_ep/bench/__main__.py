@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -88,13 +89,17 @@ class Run:
                 self._progress.step("ceilings")
             case "baseline":
                 self.baselines[content["key"]] = restored(Baseline, content["baseline"])
-                self._progress.step(f"stock {content['key']}")
+                self._progress.step(report.outcome(f"stock {content['key']}", self.baselines[content["key"]]))
             case "stress":
                 self.stress = StressResult(**content)
                 self._progress.step(f"{self.stress.rounds} rounds")
-            case "row" | "comparison" | "point":
+            case "row" | "comparison":
                 self.measured[kind].append(_KINDS[kind](content))
-                self._progress.step(content.get("name") or f"{content['axis']} {content['value']}")
+                self._progress.step(report.outcome(content["name"], self.measured[kind][-1]))
+            case "point":
+                point = _KINDS[kind](content)
+                self.measured[kind].append(point)
+                self._progress.step(report.outcome(f"{point.row.name}, {point.value} {point.axis}", point.row))
 
     def stage(self, stage: Stage, timeout_s: float) -> None:
         """Runs it to its end, good or bad."""
@@ -106,8 +111,14 @@ class Run:
                     self.hear(kind, content)
         except StageFailed as failure:
             self.failed_stages[stage.name] = str(failure)
+        except KeyboardInterrupt:  # what was measured so far is worth having
+            self.failed_stages[stage.name] = "interrupted"
         finally:
             self._progress.close()
+
+    @property
+    def interrupted(self) -> bool:
+        return "interrupted" in self.failed_stages.values()
 
     @property
     def ok(self) -> bool:
@@ -133,8 +144,11 @@ def main() -> int:
     )
     names = ["ours"] + ["baselines"] * (not arguments.skip_stock)
     run = Run(arguments.baseline_timeout)
+    # Whoever ends it still gets what there is.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     for name in ["stress"] if arguments.stress else names:
-        run.stage(dataclasses.replace(stage, name=name), arguments.timeout)
+        if not run.interrupted:
+            run.stage(dataclasses.replace(stage, name=name), arguments.timeout)
     _print(run)
     if arguments.json:
         report.write_json(arguments.json, _everything(run))
@@ -169,7 +183,7 @@ def _everything(run: Run) -> dict[str, Any]:
         environment=run.environment,
         problem=run.problem,
         ceilings=run.ceilings,
-        rows=run.measured["row"],
+        rows=[report.summary(row, run.ceilings, list(run.baselines.values())) for row in run.measured["row"]],
         comparisons=run.measured["comparison"],
         baselines=run.baselines,
         points=run.measured["point"],

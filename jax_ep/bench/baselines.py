@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 
 from jax_ep.bench.problem import Problem
-from jax_ep.bench.results import STOCK_OPS, Baseline, fastest, first_line
+from jax_ep.bench.results import STOCK_OPS, Baseline, first_line
 from jax_ep.bench.stock import Pipeline
 from jax_ep.bench.timing import AXIS, COLLECTIVES, measure
 from jax_ep.bench.verify import Expected, expect_close, expect_equal
@@ -28,9 +29,9 @@ _ON_GPUS: dict[str, dict[str, Any]] = {
 _DENSE: dict[str, dict[str, Any]] = {"local p2p by memcpy": {"xla_gpu_use_memcpy_local_p2p": True}}
 _NOT_ONE_SHOT: dict[str, Any] = {"xla_gpu_unsupported_use_ragged_all_to_all_one_shot_kernel": False}
 _RAGGED: dict[str, dict[str, Any]] = {
+    "decomposed": _NOT_ONE_SHOT | {"xla_gpu_unsupported_enable_ragged_all_to_all_decomposer": True},
     "no one-shot kernel": _NOT_ONE_SHOT,
     "NCCL send and recv": _NOT_ONE_SHOT | {"xla_gpu_allow_ragged_all_to_all_nccl_send_recv_fallback": True},
-    "decomposed": _NOT_ONE_SHOT | {"xla_gpu_unsupported_enable_ragged_all_to_all_decomposer": True},
     "barrier": {"xla_gpu_experimental_ragged_all_to_all_use_barrier": True},
     "no NCCL barrier": {"xla_gpu_experimental_ragged_all_to_all_use_barrier_with_nccl": False},
     "zero copy": {"xla_gpu_experimental_ragged_all_to_all_zero_copy": True},
@@ -50,7 +51,7 @@ class Configuration:
     pipeline: Pipeline
     op: str
     flags_name: str
-    flags: dict[str, Any]
+    flags: dict[str, Any] = dataclasses.field(hash=False)
 
     @property
     def key(self) -> str:
@@ -58,6 +59,9 @@ class Configuration:
 
     def failed(self, reason: str) -> Baseline:
         return Baseline(self.op, self.pipeline.name, self.flags, None, reason)
+
+
+Measured = tuple[Configuration, Baseline]
 
 
 def pipelines(workload: Workload, traffic: Traffic, capacity: int, num_ranks: int) -> list[Pipeline]:
@@ -90,11 +94,11 @@ def pipelines(workload: Workload, traffic: Traffic, capacity: int, num_ranks: in
 def flag_sets(ragged: bool, on_cpu: bool, sweep: bool) -> dict[str, dict[str, Any]]:
     if on_cpu or not sweep:
         return _EVERYWHERE
-    return _EVERYWHERE | _ON_GPUS | (_RAGGED if ragged else _DENSE)
+    return _EVERYWHERE | (_RAGGED if ragged else _DENSE) | _ON_GPUS
 
 
 def num_at_most(on_cpu: bool, sweep: bool, only: str | None) -> int:
-    forward = 2 * sum(len(flag_sets(ragged, on_cpu, sweep)) for ragged in (False, True))
+    forward = sum(len(flag_sets(ragged, on_cpu, sweep)) + 2 for ragged in (False, True))
     return forward + 4 * len(_other_ops(only))
 
 
@@ -112,31 +116,53 @@ def measure_baselines(
     """
     on_cpu = problem.mesh.devices.flat[0].platform == "cpu"
     expected = Expected(problem)
+    forward: list[Measured] = []
 
     def run(configuration: Configuration) -> Baseline:
         return begin(configuration) or _measure(problem, expected, configuration)
 
-    forward: list[tuple[Configuration, Baseline]] = []
-    for pipeline in pipelines(problem.workload, problem.traffic, problem.capacity, problem.num_ranks):
-        for name, flags in flag_sets(pipeline.ragged, on_cpu, sweep).items():
-            configuration = Configuration(pipeline, "forward", name, flags)
-            forward.append((configuration, run(configuration)))
-            yield configuration.key, forward[-1][1]
-    best = fastest([baseline for _, baseline in forward], "forward")
-    for configuration in _worth_more(forward, best):
+    for first, *others in _by_collective(problem):
+        swept: list[Measured] = []
+        for name, flags in flag_sets(first.ragged, on_cpu, sweep).items():
+            configuration = Configuration(first, "forward", name, flags)
+            swept.append((configuration, run(configuration)))
+            yield configuration.key, swept[-1][1]
+        forward += swept
+        # What helps one pipeline helps the other with the same collective: not all sets again.
+        for pipeline in others:
+            for configuration in dict.fromkeys((swept[0][0], _fastest_configuration(swept))):
+                configuration = dataclasses.replace(configuration, pipeline=pipeline)
+                forward.append((configuration, run(configuration)))
+                yield configuration.key, forward[-1][1]
+    for configuration in _worth_more(forward):
         for op in _other_ops(only):
             other = dataclasses.replace(configuration, op=op)
             yield other.key, run(other)
 
 
-def _worth_more(forward: list[tuple[Configuration, Baseline]], best: Baseline | None) -> list[Configuration]:
+def _by_collective(problem: Problem) -> tuple[list[Pipeline], list[Pipeline]]:
+    every = pipelines(problem.workload, problem.traffic, problem.capacity, problem.num_ranks)
+    return [p for p in every if not p.ragged], [p for p in every if p.ragged]
+
+
+def _seconds(measured: Measured) -> float:
+    times = measured[1].times
+    return times.median if times else math.inf
+
+
+def _fastest_configuration(measured: list[Measured]) -> Configuration:
+    return min(measured, key=_seconds)[0]
+
+
+def _worth_more(forward: list[Measured]) -> list[Configuration]:
     """Each pipeline's fastest configuration, if it is not hopeless."""
-    chosen: dict[Pipeline, tuple[float, Configuration]] = {}
-    for configuration, baseline in forward:
-        if baseline.times and best and best.times and baseline.times.median <= _HOPELESS * best.times.median:
-            entry = baseline.times.median, configuration
-            chosen[configuration.pipeline] = min(chosen.get(configuration.pipeline, entry), entry, key=lambda e: e[0])
-    return [configuration for _, configuration in chosen.values()]
+    limit = _HOPELESS * min(map(_seconds, forward))
+    chosen = []
+    for pipeline in dict.fromkeys(configuration.pipeline for configuration, _ in forward):
+        fastest = min((m for m in forward if m[0].pipeline == pipeline), key=_seconds)
+        if fastest[1].times and _seconds(fastest) <= limit:
+            chosen.append(fastest[0])
+    return chosen
 
 
 def _measure(problem: Problem, expected: Expected, configuration: Configuration) -> Baseline:

@@ -22,6 +22,10 @@ def us(seconds: float | None) -> str:
     return "-" if seconds is None else f"{seconds * 1e6:.1f}"
 
 
+def outcome(name: str, measured: Row | Comparison | Baseline) -> str:
+    return f"{name}: {us(measured.times.median) + ' us' if measured.times else f'failed: {measured.error}'}"
+
+
 def times_cells(times: Times | None) -> list[str]:
     return ["-", "-"] if times is None else [us(times.median), f"{times.spread:.1%}"]
 
@@ -65,6 +69,16 @@ def print_problem(problem: dict[str, Any], ceilings: Ceilings) -> None:
         known.append(f"copy {ceilings.copy_bytes_per_s / 1e9:.1f} GB/s read and written per device")
     known += [f"{name} failed: {error}" for name, error in ceilings.errors.items()]
     print(f"Ceilings: {'; '.join(known)}.\n")
+
+
+def summary(row: Row, ceilings: Ceilings, baselines: list[Baseline]) -> dict[str, Any]:
+    """A row with what follows from other measurements."""
+    return dict(
+        row=row,
+        link_floor=ceilings.link_floor_s(row),
+        local_floor=ceilings.local_floor_s(row),
+        best_stock=fastest(baselines, STOCK_OPS.get(row.name, "")),
+    )
 
 
 def print_rows(rows: list[Row], ceilings: Ceilings, baselines: list[Baseline]) -> None:
@@ -128,7 +142,7 @@ def _print_failures(named: Iterable[tuple[str, str | None]]) -> None:
 
 
 class Progress:
-    """A line on stderr that says what was measured last, where a person watches."""
+    """Says on stderr what was measured last: in one line where a person watches, in many where a log is kept."""
 
     def __init__(self) -> None:
         self._total = self._done = 0
@@ -141,11 +155,13 @@ class Progress:
         self._total = max(self._total, self._done)
         if sys.stderr.isatty():
             bar = ("#" * (20 * self._done // self._total)).ljust(20)
-            print(f"\r[{bar}] {self._done}/{self._total} {what:60.60}", end="", file=sys.stderr, flush=True)
+            print(f"\r[{bar}] {self._done}/{self._total} {what:70.70}", end="", file=sys.stderr, flush=True)
+        else:
+            print(f"[{self._done}/{self._total}] {what}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if sys.stderr.isatty():
-            print("\r" + " " * 100 + "\r", end="", file=sys.stderr)
+            print("\r" + " " * 110 + "\r", end="", file=sys.stderr)
 
 
 def write_json(path: str, results: dict) -> None:

@@ -6,6 +6,7 @@ hangs, and go on. A stage is one process, or one per GPU; the first of them repo
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -130,7 +131,9 @@ def _end(workers) -> None:
     for worker in workers:
         if worker.poll() is None:
             worker.kill()
-            worker.wait()
+            # One that a driver holds on to ends when it can.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                worker.wait(timeout=_GRACE_S)
 
 
 def _tail(log, num_lines: int = 25) -> str:

@@ -100,7 +100,7 @@ def _sent_checksum(drawn: Round):
 def _received_checksum(comm: MoECommunicator, out: DispatchOutput):
     """Rows of the wrong expert change it; those without a token are zero, and add nothing."""
     row = jnp.arange(comm.capacity, dtype=jnp.int32)
-    local = jnp.searchsorted(out.layout.offsets[1:], row, side="right").astype(jnp.int32)
+    local = jnp.searchsorted(out.layout.offsets[1:], row, side="right", method="compare_all").astype(jnp.int32)
     expert = lax.axis_index(AXIS) * comm.num_local_experts + local
     return jnp.sum(_hash(out.tokens) * _expert_factor(expert), dtype=jnp.uint32)
 

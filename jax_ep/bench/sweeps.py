@@ -19,10 +19,11 @@ _FEWEST_TOKENS = 256
 
 
 def measure_sweeps(workload: Workload, mesh: Mesh) -> Iterator[Point]:
-    num_sms = getattr(mesh.devices.flat[0], "core_count", None) or 0
+    device = mesh.devices.flat[0]
+    num_sms = getattr(device, "core_count", None) or _BLOCKS[-1]
     for blocks in _BLOCKS:
         # The CPU has no blocks to choose.
-        if mesh.devices.flat[0].platform != "cpu" and blocks <= max(num_sms, _BLOCKS[0]):
+        if device.platform != "cpu" and blocks <= num_sms:
             yield from _points("blocks", blocks, workload, mesh, num_sms=blocks)
     for tokens in _token_counts(workload.num_tokens):
         yield from _points("tokens", tokens, dataclasses.replace(workload, num_tokens=tokens), mesh)

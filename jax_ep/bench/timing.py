@@ -120,9 +120,12 @@ def measure(
         return compiled((changing,) * num_calls, fixed)
 
     ahead = 0 if on_cpu else 1
-    per_program = agreed_maximum(seconds(run, 2, ahead) / 2, mesh)
+    if num_calls > 1:  # what is loaded or recorded at first
+        seconds(run, 3, ahead)
+    (per_program,) = agreed_maximum([seconds(run, 2, ahead) / 2], mesh)
     num_programs = max(1, math.ceil(_SECONDS_PER_SAMPLE / per_program))
-    return Times([seconds(run, num_programs, ahead) / (num_programs * num_calls) for _ in range(_REPEATS)], num_calls)
+    samples = [seconds(run, num_programs, ahead) / (num_programs * num_calls) for _ in range(_REPEATS)]
+    return Times(agreed_maximum(samples, mesh), num_calls)
 
 
 def seconds(run: Callable, num_programs: int = 1, ahead: int = 0) -> float:
@@ -138,14 +141,14 @@ def seconds(run: Callable, num_programs: int = 1, ahead: int = 0) -> float:
     return time.perf_counter() - start
 
 
-def agreed_maximum(value: float, mesh: Mesh) -> float:
-    """The largest of all processes' values: programs must be the same everywhere."""
+def agreed_maximum(values: list[float], mesh: Mesh) -> list[float]:
+    """The largest of all processes' values: what is run next must follow from the same numbers everywhere."""
     if jax.process_count() == 1:
-        return value
-    sharding = NamedSharding(mesh, PartitionSpec(AXIS))
-    mine = jax.make_array_from_callback((mesh.size,), sharding, lambda index: np.full((1,), value, np.float32))
-    maximum = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))(mine)
-    return float(np.asarray(maximum.addressable_data(0)))
+        return values
+    mine, sharding = np.array([values], np.float32), NamedSharding(mesh, PartitionSpec(AXIS))
+    everyones = jax.make_array_from_callback((mesh.size, len(values)), sharding, lambda index: mine)
+    maximum = jax.jit(lambda a: jnp.max(a, 0), out_shardings=NamedSharding(mesh, PartitionSpec()))(everyones)
+    return np.asarray(maximum.addressable_data(0)).astype(float).tolist()
 
 
 def _first_impression(one, changing, fixed, mesh: Mesh, verify: Callable) -> tuple[float, int]:
@@ -154,12 +157,13 @@ def _first_impression(one, changing, fixed, mesh: Mesh, verify: Callable) -> tup
     result_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(out))
     verify(out)
     del out
-    return agreed_maximum(seconds(lambda: one((changing,), fixed)), mesh), result_bytes
+    (per_call,) = agreed_maximum([seconds(lambda: one((changing,), fixed))], mesh)
+    return per_call, result_bytes
 
 
 def _calls_per_program(per_call: float, result_bytes: int, mesh: Mesh) -> int:
     """As many as fill a program's time, within what their results may take; the same in all processes."""
-    stats = jax.local_devices()[0].memory_stats() or {}
+    stats = mesh.local_devices[0].memory_stats() or {}
     room = stats.get("bytes_limit", 2**34) * _RESULTS_SHARE
     calls = int(min(_MAX_CALLS, _SECONDS_PER_PROGRAM / per_call, room / max(1, result_bytes)))
-    return int(agreed_maximum(max(1, calls), mesh))
+    return int(agreed_maximum([max(1, calls)], mesh)[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import importlib.metadata
 import json
 import os
 import platform
@@ -66,9 +67,9 @@ def _environment(mesh: Mesh) -> dict[str, str]:
     return {
         "devices": f"{mesh.size}x {device.device_kind}",
         "processes": str(jax.process_count()),
-        "platform": getattr(device.client, "platform_version", device.platform).splitlines()[0],
+        "platform": " ".join(getattr(device.client, "platform_version", device.platform).split()),
         "jax": jax.__version__,
-        "jaxlib": jax.lib.__version__,
+        "jaxlib": importlib.metadata.version("jaxlib"),
         "jax_ep": jax_ep.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
