@@ -69,12 +69,14 @@ def pipelines(workload: Workload, traffic: Traffic, capacity: int, num_ranks: in
     result = []
     for ragged in (False, True):
         for per_rank in (True, False):
-            # Of T tokens, how many slots from one rank to one rank are balanced, and at most from one rank.
+            # Slots that a token needs: on average for one rank, at most for one rank, and at most for all.
             hit = 1 - (1 - 1 / num_ranks) ** workload.topk
-            balanced = workload.num_tokens * (hit if per_rank else workload.topk / num_ranks)
-            needed = traffic.tokens_per_pair if per_rank else traffic.rows_per_pair
+            balanced = hit if per_rank else workload.topk / num_ranks
+            to_one_rank = 1 if per_rank else workload.topk
             per_token = min(num_ranks, workload.topk) if per_rank else workload.topk
-            per_pair = max(needed, min(workload.num_tokens * per_token, int(balanced * workload.capacity_factor)))
+            needed = traffic.tokens_per_pair if per_rank else traffic.rows_per_pair
+            granted = workload.num_tokens * min(to_one_rank, balanced * workload.capacity_factor)
+            per_pair = max(needed, int(granted))
             received = traffic.tokens_received if per_rank else traffic.rows_received
             result.append(
                 Pipeline(
