@@ -1,7 +1,9 @@
-"""Measures dispatch and combine on the devices of this machine, beside the pure-JAX reference and a plain copy.
+"""Measures dispatch and combine on the devices of this machine, beside its ceilings and stock JAX.
 
-    python -m jax_ep.bench                       # what suits the machine
-    python -m jax_ep.bench --workload train-4k --json out.json
+    python -m jax_ep.bench                                   # what suits the machine
+    python -m jax_ep.bench --workload decode --json out.json
+    python -m jax_ep.bench --processes 4                     # one process per GPU
+    python -m jax_ep.bench --stress 20000                    # checks instead of times
 
 On a machine without GPUs it runs on `--devices` virtual CPU devices.
 """
@@ -9,96 +11,186 @@ On a machine without GPUs it runs on `--devices` virtual CPU devices.
 from __future__ import annotations
 
 import argparse
-import os
+import dataclasses
+import signal
 import sys
+from collections.abc import Callable
+from typing import Any
 
-from jax_ep.bench import report
+from jax_ep.bench import plot, report
+from jax_ep.bench.results import Baseline, Ceilings, Comparison, Point, Row, StressResult, restored
+from jax_ep.bench.stages import Stage, StageFailed, run_resiliently, run_stage
 from jax_ep.bench.workloads import WORKLOADS
+
+_KINDS: dict[str, Callable] = dict(
+    row=lambda data: restored(Row, data),
+    comparison=lambda data: restored(Comparison, data),
+    point=lambda data: Point(**(data | dict(row=restored(Row, data["row"])))),
+)
 
 
 def _parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m jax_ep.bench", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m jax_ep.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--workload", choices=sorted(WORKLOADS), help="default: train-4k on GPUs, cpu-2k elsewhere")
     parser.add_argument("--devices", type=int, help="ranks; default: all GPUs, or 8 virtual CPU devices")
-    parser.add_argument("--skip-reference", action="store_true", help="measure our ops only")
-    parser.add_argument("--only", help="measure the rows whose name contains this")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="as many processes, each with its GPU")
+    parser.add_argument("--only", metavar="TEXT", help="measure rows whose name contains it")
+    parser.add_argument("--blocks", type=int, metavar="N", help="num_sms of the communicator that is measured")
+    parser.add_argument("--skip-stock", action="store_true", help="no baselines")
+    parser.add_argument("--skip-flags", action="store_true", help="baselines with XLA's default flags only")
+    parser.add_argument(
+        "--comparisons",
+        action=argparse.BooleanOptionalAction,
+        help="dispatch beside a matrix product, command buffers, few blocks; default: on GPUs",
+    )
+    parser.add_argument("--stress", type=int, metavar="N", help="N checked rounds of changing routing, nothing else")
     parser.add_argument("--json", metavar="PATH", help="write all numbers there")
-    return parser.parse_args()
+    parser.add_argument("--plot", metavar="PATH.png", help="sweep block and token counts, and draw them there")
+    parser.add_argument("--timeout", type=float, default=3600.0, metavar="S", help="for each stage; default 3600")
+    parser.add_argument(
+        "--baseline-timeout", type=float, default=180.0, metavar="S", help="a baseline that takes longer hangs"
+    )
+    arguments = parser.parse_args()
+    if arguments.processes < 1:
+        parser.error("--processes: at least 1")
+    if arguments.devices and arguments.devices % arguments.processes:
+        parser.error("--devices: a multiple of --processes")
+    if arguments.plot and not plot.is_available():
+        parser.error(plot.MISSING)
+    return arguments
 
 
-def _use_virtual_cpu_devices(count: int) -> None:
-    """Where there is no GPU; has to be said before JAX starts."""
-    flags = os.environ.get("XLA_FLAGS", "")
-    if "host_platform_device_count" not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={count}".strip()
+class Run:
+    """What the stages said so far."""
+
+    def __init__(self, baseline_timeout_s: float) -> None:
+        self._baseline_timeout_s = baseline_timeout_s
+        self.environment: dict[str, str] = {}
+        self.problem: dict[str, Any] = {}
+        self.ceilings = Ceilings(None, None, None, {})
+        self.measured: dict[str, list] = {kind: [] for kind in _KINDS}
+        self.baselines: dict[str, Baseline] = {}
+        self.stress: StressResult | None = None
+        self.failed_stages: dict[str, str] = {}
+        self._progress = report.Progress()
+
+    def hear(self, kind: str, content) -> None:
+        match kind:
+            case "environment":
+                self.environment = content
+            case "problem":
+                self.problem = content
+            case "total":
+                self._progress.expect(content)
+            case "ceilings":
+                self.ceilings = Ceilings(**content)
+                self._progress.step("ceilings")
+            case "baseline":
+                self.baselines[content["key"]] = restored(Baseline, content["baseline"])
+                self._progress.step(report.outcome(f"stock {content['key']}", self.baselines[content["key"]]))
+            case "stress":
+                self.stress = StressResult(**content)
+                self._progress.step(f"{self.stress.rounds} rounds")
+            case "row" | "comparison":
+                self.measured[kind].append(_KINDS[kind](content))
+                self._progress.step(report.outcome(content["name"], self.measured[kind][-1]))
+            case "point":
+                point = _KINDS[kind](content)
+                self.measured[kind].append(point)
+                self._progress.step(report.outcome(f"{point.row.name}, {point.value} {point.axis}", point.row))
+
+    def stage(self, stage: Stage, timeout_s: float) -> None:
+        """Runs it to its end, good or bad."""
+        try:
+            if stage.name == "baselines":
+                run_resiliently(stage, self.hear, timeout_s=timeout_s, silence_s=self._baseline_timeout_s)
+            else:
+                for kind, content in run_stage(stage, timeout_s=timeout_s):
+                    self.hear(kind, content)
+        except StageFailed as failure:
+            self.failed_stages[stage.name] = str(failure)
+        except KeyboardInterrupt:  # what was measured so far is worth having
+            self.failed_stages[stage.name] = "interrupted"
+        finally:
+            self._progress.close()
+
+    @property
+    def interrupted(self) -> bool:
+        return "interrupted" in self.failed_stages.values()
+
+    @property
+    def ok(self) -> bool:
+        """Baselines may fail: they are not ours."""
+        failed = [row for row in self.measured["row"] if row.error]
+        wrong = self.stress is not None and self.stress.wrong_sums + self.stress.wrong_rows > 0
+        return not failed and not wrong and not set(self.failed_stages) - {"baselines"}
 
 
 def main() -> int:
     arguments = _parse_arguments()
-    _use_virtual_cpu_devices(arguments.devices or 8)
-    import jax
-
-    from jax_ep.bench import rows
-
-    devices = jax.devices()[: arguments.devices]
-    on_cpu = devices[0].platform == "cpu"
-    mesh = jax.make_mesh((len(devices),), (rows.AXIS,), devices=devices, axis_types=(jax.sharding.AxisType.Auto,))
-    workload = WORKLOADS[arguments.workload or ("cpu-2k" if on_cpu else "train-4k")]
-    implementations = [devices[0].platform.replace("gpu", "cuda")]
-    if not arguments.skip_reference:
-        implementations.append("reference")
-
-    progress = report.Progress(8 * len(implementations))
-    measured: list[rows.Row] = []
-    copies = {}
-    for implementation in implementations:
-        problem = rows.Problem(workload, mesh, implementation)
-        for row in rows.measure_rows(problem, implementation, arguments.only):
-            measured.append(row)
-            if row.name not in copies:
-                copies[row.name] = rows.measure_copy(problem, row.local_rows)
-            progress.step(f"{implementation}: {row.name}")
-        traffic, arena_bytes = problem.traffic, problem.comm.arena_bytes
-        problem.comm.destroy()
-    progress.close()
-    if jax.process_index() == 0:
-        _print(workload, traffic, measured, copies, implementations)
-        if arguments.json:
-            report.write_json(
-                arguments.json,
-                dict(environment=report.environment(), workload=workload, traffic=traffic, rows=measured,
-                     copies=copies, arena_bytes=arena_bytes),
-            )  # fmt: skip
-    return 0
-
-
-def _print(workload, traffic, measured, copies, implementations) -> None:
-    print("  ".join(f"{name} {value}" for name, value in report.environment().items()))
-    print(
-        f"{workload.name}: T={workload.num_tokens} H={workload.hidden_size} E={workload.num_experts} "
-        f"K={workload.topk} bfloat16, capacity {workload.capacity} rows; the most loaded rank receives "
-        f"{traffic.rows_received} rows, {traffic.rows_over_link} rows cross its link.\n"
+    stage = Stage(
+        name="ours",
+        workload=arguments.workload,
+        devices=arguments.devices,
+        num_processes=arguments.processes,
+        only=arguments.only,
+        blocks=arguments.blocks,
+        comparisons=arguments.comparisons,
+        sweeps=arguments.plot is not None,
+        sweep_flags=not arguments.skip_flags,
+        stress_rounds=arguments.stress or 0,
     )
-    by_key = {(row.name, row.implementation): row for row in measured}
-    header = ["op", "us", "spread", "copy us", "x copy", "link GB/s"]
-    if "reference" in implementations:
-        header += ["reference us", "x faster"]
-    lines = []
-    for name in dict.fromkeys(row.name for row in measured):
-        row = by_key[name, implementations[0]]
-        copy = copies[name].median
-        link_bytes = row.link_passes * traffic.rows_over_link * workload.hidden_size * 2
-        line = [
-            name, f"{row.times.median * 1e6:.1f}", f"{row.times.spread:.1%}", f"{copy * 1e6:.1f}",
-            f"{row.times.median / copy:.2f}", f"{link_bytes / row.times.median / 1e9:.1f}",
-        ]  # fmt: skip
-        if "reference" in implementations:
-            reference = by_key[name, "reference"].times.median
-            line += [f"{reference * 1e6:.1f}", f"{reference / row.times.median:.1f}"]
-        lines.append(line)
-    print(report.format_table(header, lines))
-    print("\nus: median per call, chained inside one jitted program; spread: half the repeats' range over the median.")
-    print("copy us: a copy, in a program of the same kind, that reads and writes as many rows on every device.")
+    names = ["ours"] + ["baselines"] * (not arguments.skip_stock)
+    run = Run(arguments.baseline_timeout)
+    # Whoever ends it still gets what there is.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for name in ["stress"] if arguments.stress else names:
+        if not run.interrupted:
+            run.stage(dataclasses.replace(stage, name=name), arguments.timeout)
+    _print(run)
+    if arguments.json:
+        report.write_json(arguments.json, _everything(run))
+    if arguments.plot and run.measured["point"]:
+        workload = run.problem["workload"]["name"]
+        plot.write_plot(
+            arguments.plot, run.measured["point"], run.ceilings, f"{workload}, {run.environment['devices']}"
+        )
+    return 0 if run.ok else 1
+
+
+def _print(run: Run) -> None:
+    report.print_environment(run.environment)
+    if run.problem:
+        report.print_problem(run.problem, run.ceilings)
+        report.print_rows(run.measured["row"], run.ceilings, list(run.baselines.values()))
+    if run.measured["comparison"]:
+        report.print_comparisons(run.measured["comparison"])
+    if run.baselines:
+        report.print_baselines(list(run.baselines.values()))
+    if run.problem:
+        report.print_peers(run.problem["workload"]["name"])
+    if run.stress:
+        report.print_stress(run.stress)
+    for name, reason in run.failed_stages.items():
+        print(f"\nStage {name} failed: {reason}", file=sys.stderr)
+
+
+def _everything(run: Run) -> dict[str, Any]:
+    return dict(
+        command=sys.argv,
+        environment=run.environment,
+        problem=run.problem,
+        ceilings=run.ceilings,
+        rows=[report.summary(row, run.ceilings, list(run.baselines.values())) for row in run.measured["row"]],
+        comparisons=run.measured["comparison"],
+        baselines=run.baselines,
+        points=run.measured["point"],
+        stress=run.stress,
+        failed_stages=run.failed_stages,
+        peers=report.peers_of(run.problem),
+    )
 
 
 if __name__ == "__main__":

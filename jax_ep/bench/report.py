@@ -1,27 +1,37 @@
-"""Tables for the terminal, and the same numbers as JSON."""
+"""Tables for the terminal, a line of progress, and the same numbers as JSON."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import platform
 import sys
+from collections.abc import Iterable
+from typing import Any
 
-import jax
+from jax_ep.bench import peers
+from jax_ep.bench.results import STOCK_OPS, Baseline, Ceilings, Comparison, Row, StressResult, Times, fastest
 
-import jax_ep
+_LEGEND = """\
+us: median per call, calls chained in one program with nothing between them; spread: half the repeats' range over it.
+link floor: payload of the busier direction of the most loaded rank's link, at the rate of plain stores to all peers.
+local floor: rows that rank must read and write in its own memory, at the rate of a plain copy. x floor: to the larger.
+stock: the fastest of several pipelines of stock JAX collectives that do the same job, over several XLA flags."""
 
 
-def environment() -> dict[str, str]:
-    device = jax.devices()[0]
-    return {
-        "devices": f"{jax.device_count()}x {device.device_kind}",
-        "processes": str(jax.process_count()),
-        "jax": jax.__version__,
-        "jax_ep": jax_ep.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-    }
+def us(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds * 1e6:.1f}"
+
+
+def outcome(name: str, measured: Row | Comparison | Baseline) -> str:
+    return f"{name}: {us(measured.times.median) + ' us' if measured.times else f'failed: {measured.error}'}"
+
+
+def times_cells(times: Times | None) -> list[str]:
+    return ["-", "-"] if times is None else [us(times.median), f"{times.spread:.1%}"]
+
+
+def ratio(a: float | None, b: float | None) -> str:
+    return f"{a / b:.2f}" if a and b else "-"
 
 
 def format_table(header: list[str], rows: list[list[str]]) -> str:
@@ -38,23 +48,129 @@ def format_table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join([line(header), line(["-" * width for width in widths]), *map(line, rows)])
 
 
-class Progress:
-    """A line on stderr that says what is being measured, where a person watches."""
+def print_environment(environment: dict[str, str]) -> None:
+    print("  ".join(f"{name} {value}" for name, value in environment.items() if value))
 
-    def __init__(self, total: int):
-        self._total, self._done = total, 0
+
+def print_problem(problem: dict[str, Any], ceilings: Ceilings) -> None:
+    workload, traffic = problem["workload"], problem["traffic"]
+    print(
+        f"{workload['name']}: T={workload['num_tokens']} H={workload['hidden_size']} E={workload['num_experts']} "
+        f"K={workload['topk']} bfloat16, capacity {problem['capacity']} rows. The most loaded rank receives "
+        f"{traffic['rows_received']} rows; {traffic['rows_over_link']} (token, rank) rows cross its link. "
+        f"Arena {problem['arena_bytes'] / 2**20:.0f} MiB."
+    )
+    known = []
+    if ceilings.store_bytes_per_s:
+        known.append(f"stores to all peers {ceilings.store_bytes_per_s / 1e9:.0f} GB/s per GPU")
+    if ceilings.flag_round_trip_s:
+        known.append(f"flag round trip {ceilings.flag_round_trip_s * 1e6:.2f} us")
+    if ceilings.copy_bytes_per_s:
+        known.append(f"copy {ceilings.copy_bytes_per_s / 1e9:.1f} GB/s read and written per device")
+    known += [f"{name} failed: {error}" for name, error in ceilings.errors.items()]
+    print(f"Ceilings: {'; '.join(known)}.\n")
+
+
+def summary(row: Row, ceilings: Ceilings, baselines: list[Baseline]) -> dict[str, Any]:
+    """A row with what follows from other measurements."""
+    return dict(
+        row=row,
+        link_floor=ceilings.link_floor_s(row),
+        local_floor=ceilings.local_floor_s(row),
+        best_stock=fastest(baselines, STOCK_OPS.get(row.name, "")),
+    )
+
+
+def print_rows(rows: list[Row], ceilings: Ceilings, baselines: list[Baseline]) -> None:
+    header = ["op", "us", "spread", "link floor us", "local floor us", "x floor", "best stock us", "times faster"]
+    lines = []
+    for row in rows:
+        stock = fastest(baselines, STOCK_OPS.get(row.name, ""))
+        stock_s = stock.times.median if stock and stock.times else None
+        median = row.times.median if row.times else None
+        lines.append(
+            [row.name, *times_cells(row.times), us(ceilings.link_floor_s(row)), us(ceilings.local_floor_s(row))]
+            + [ratio(median, ceilings.floor_s(row)), us(stock_s), ratio(stock_s, median)]
+        )
+    print(format_table(header, lines))
+    _print_failures((row.name, row.error) for row in rows)
+    print(f"\n{_LEGEND}")
+
+
+def print_comparisons(comparisons: list[Comparison]) -> None:
+    lines = []
+    for c in comparisons:
+        median = c.times.median if c.times else None
+        beside = c.beside_times.median if c.beside_times else None
+        lines.append([c.name, *times_cells(c.times), c.beside or "-", us(beside), ratio(median, beside)])
+    print("\n" + format_table(["program", "us", "spread", "against", "us", "ratio"], lines))
+    _print_failures((c.name, c.error) for c in comparisons)
+
+
+def print_baselines(baselines: list[Baseline]) -> None:
+    lines = []
+    for b in baselines:
+        flags = " ".join(f"{name}={value!r}" for name, value in b.flags.items()) or "default"
+        lines.append([f"{b.op}: {b.pipeline}", *times_cells(b.times), f"failed: {b.error}" if b.error else "", flags])
+    print("\n" + format_table(["stock JAX", "us", "spread", "", "XLA flags"], lines))
+
+
+def print_stress(result: StressResult) -> None:
+    print(
+        f"{result.rounds} rounds of dispatch and combine, {result.rounds_per_s:.1f} per second: {result.wrong_sums} "
+        f"with wrong sums, {result.wrong_rows} with wrong rows."
+    )
+
+
+def peers_of(problem: dict[str, Any]) -> list[peers.Peer]:
+    return peers.PEERS.get(problem["workload"]["name"], []) if problem else []
+
+
+def print_peers(workload: str) -> None:
+    if workload not in peers.PEERS:
+        return
+    print(f"\nOther libraries, not measured in this run: {peers.SIZES[workload]}")
+    header = ["library", "dispatch us", "combine us", "note", "hardware", "source"]
+    print(format_table(header, [[p.name, p.dispatch, p.combine, p.note, p.hardware, p.source] for p in
+                                peers.PEERS[workload]]))  # fmt: skip
+
+
+def _print_failures(named: Iterable[tuple[str, str | None]]) -> None:
+    for name, error in named:
+        if error:
+            print(f"{name}: failed: {error}")
+
+
+class Progress:
+    """Says on stderr what was measured last: in one line where a person watches, in many where a log is kept."""
+
+    def __init__(self) -> None:
+        self._total = self._done = 0
+
+    def expect(self, more: int) -> None:
+        self._total += more
 
     def step(self, what: str) -> None:
         self._done += 1
+        self._total = max(self._total, self._done)
         if sys.stderr.isatty():
             bar = ("#" * (20 * self._done // self._total)).ljust(20)
-            print(f"\r[{bar}] {self._done}/{self._total} {what:40}", end="", file=sys.stderr, flush=True)
+            print(f"\r[{bar}] {self._done}/{self._total} {what:70.70}", end="", file=sys.stderr, flush=True)
+        else:
+            print(f"[{self._done}/{self._total}] {what}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if sys.stderr.isatty():
-            print("\r" + " " * 80 + "\r", end="", file=sys.stderr)
+            print("\r" + " " * 110 + "\r", end="", file=sys.stderr)
 
 
 def write_json(path: str, results: dict) -> None:
+    def plain(value):
+        """Times also say what follows from their samples."""
+        if isinstance(value, Times):
+            summary = dict(median=value.median, spread=value.spread, interquartile_range=value.interquartile_range)
+            return dict(samples=value.samples, num_calls=value.num_calls) | summary
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+
     with open(path, "w") as file:
-        json.dump(results, file, indent=1, default=dataclasses.asdict)
+        json.dump(results, file, indent=1, default=plain)

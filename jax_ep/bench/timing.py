@@ -1,88 +1,169 @@
-"""Steady-state time of an op: many calls chained inside one jitted program, repeated."""
+"""Steady-state time of an op: many calls chained inside one program, with nothing between them, repeated."""
 
 from __future__ import annotations
 
-import dataclasses
-import statistics
+import collections
+import math
+import re
 import time
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jax_ep import _ffi
+from jax_ep.bench.results import Times
 
-# Calls in one program: more would take long to compile, fewer would not hide the time to start it.
+AXIS = "ep"
+# What a program's calls are known by in its compiled text.
+OUR_CALLS = r'custom_call_target="jax_ep_'
+COLLECTIVES = r" (?:ragged-all-to-all|all-to-all|all-gather)(?:-start)?\("
+
+_REPEATS = 7
 _MAX_CALLS = 32
+_SECONDS_PER_PROGRAM = 0.005
+_SECONDS_PER_SAMPLE = 0.03
+# Of a device's memory, for the results of the calls of one program.
+_RESULTS_SHARE = 1 / 16
 
 
-@dataclasses.dataclass(frozen=True)
-class Times:
-    """Seconds per call."""
-
-    samples: tuple[float, ...]
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.samples)
-
-    @property
-    def spread(self) -> float:
-        """Half of what the fastest and the slowest repeat lie apart, relative to the median."""
-        return (max(self.samples) - min(self.samples)) / 2 / self.median
+class UnexpectedProgram(RuntimeError):
+    """XLA merged, dropped or added what a measurement is about."""
 
 
-def _zero_from(out) -> jax.Array:
-    """An int32 zero that XLA cannot know to be one: it compares an element of each float array with itself."""
-    zero = jnp.int32(0)
-    for leaf in jax.tree.leaves(out):
-        if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.size:
-            first = leaf[(slice(0, 1),) * leaf.ndim].reshape(())
-            zero += (first != first).astype(jnp.int32)
-    return zero
+def chain(op: Callable, num_calls: int) -> Callable:
+    """`op(changing[i], *fixed)` for each i, one call after the other.
 
+    No kernel runs between the calls. Every call has parameters of its own in `changing`, so that none can be merged
+    with another, and its result is a result of the program, so that none can be dropped. The barrier makes each
+    call depend on the one before; XLA's GPU compiler removes it only once all is scheduled.
+    """
 
-def _chained(op: Callable, num_calls: int) -> Callable:
-    """`op(touched, *rest)`, called so that every array in `touched` depends on the call before: calls can be
-    neither merged nor reordered. One element of each is rewritten, in place. The barrier keeps XLA from computing
-    only those elements of a result that are looked at. No loop: XLA would copy what it carries."""
-
-    def program(touched, *rest):
-        for _ in range(num_calls):
-            zero = _zero_from(jax.lax.optimization_barrier(op(touched, *rest)))
-            touched = jax.tree.map(lambda a, zero=zero: a.at[(0,) * a.ndim].add(zero.astype(a.dtype)), touched)
-        return touched
+    def program(changing, fixed):
+        outs = []
+        for i in range(num_calls):
+            following = changing[i + 1 : i + 2]
+            out, following, fixed = jax.lax.optimization_barrier((op(changing[i], *fixed), following, fixed))
+            changing = (*changing[: i + 1], *following, *changing[i + 2 :])
+            outs.append(out)
+        return outs
 
     return program
 
 
+def compile_chain(op: Callable, mesh: Mesh, changing, fixed, num_calls: int, compiler_options=None):
+    """The compiled chain, to be called with `((changing,) * num_calls, fixed)`."""
+    spec = PartitionSpec(AXIS)
+    program = jax.jit(jax.shard_map(chain(op, num_calls), mesh=mesh, in_specs=spec, out_specs=spec))
+    return program.lower((changing,) * num_calls, fixed).compile(compiler_options=compiler_options)
+
+
+def count_calls(text: str, marker: str) -> int:
+    return len(re.findall(marker, text))
+
+
+def count_copies(text: str, min_bytes: int) -> int:
+    """Copy instructions of at least `min_bytes` in a compiled program."""
+    count = 0
+    for dtype, dims in re.findall(r"= \(?([a-z]+\d+\w*)\[([\d,]*)\][^=\n]*? copy(?:-start)?\(", text):
+        bits = int(re.findall(r"\d+", dtype)[0])
+        count += math.prod(int(d) for d in dims.split(",") if d) * bits // 8 >= min_bytes
+    return count
+
+
+def check_chain(
+    one: str, many: str, num_calls: int, marker: str | None, calls_each: int | None, min_bytes: int
+) -> None:
+    """Raises unless the compiled text `many` does `num_calls` times what `one` does."""
+    if marker is not None:
+        each = count_calls(one, marker)
+        if calls_each is not None and each != calls_each:
+            raise UnexpectedProgram(f"expected {calls_each} calls in the compiled program, got {each}")
+        got = count_calls(many, marker)
+        if got != num_calls * each:
+            raise UnexpectedProgram(f"expected {num_calls} x {each} calls in the compiled program, got {got}")
+    copies, allowed = count_copies(many, min_bytes), num_calls * count_copies(one, min_bytes)
+    if copies > allowed:
+        raise UnexpectedProgram(f"expected at most {allowed} copies of large operands, got {copies}")
+
+
 def measure(
-    op: Callable, mesh: Mesh, args, *, axis_name: str, seconds_per_run: float = 0.03, repeats: int = 5
+    op: Callable,
+    mesh: Mesh,
+    changing,
+    fixed=(),
+    *,
+    marker: str | None = None,
+    calls_each: int | None = None,
+    compiler_options: dict | None = None,
+    verify: Callable = lambda out: None,
 ) -> Times:
-    """Times `op(*args)`, mapped over `axis_name`; its first argument holds the arrays that change from call to
-    call, see `_chained`."""
-    spec = PartitionSpec(axis_name)
-    touched, *rest = jax.tree.map(jnp.copy, args)
+    """Times `op(changing, *fixed)`, mapped over the mesh's axis; all are arrays sharded along it. `verify` is given
+    the result of one call, to raise what is wrong with it.
 
-    def program(num_calls: int):
-        def vary_all(*args):
-            return _chained(op, num_calls)(*jax.tree.map(lambda a: _ffi.vary(a, {axis_name}), args))
+    Raises:
+      UnexpectedProgram: the compiled program does not make as many calls as it should; those are counted by the regular
+        expression `marker`, `calls_each` per op if given.
+    """
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    compiled = one = compile_chain(op, mesh, changing, fixed, 1, compiler_options)
+    per_call, result_bytes = _first_impression(one, changing, fixed, mesh, verify)
+    largest = max(leaf.nbytes for leaf in jax.tree.leaves((changing, fixed))) // mesh.size
+    # The CPU compiler drops barriers and runs independent calls side by side: one call per program there.
+    num_calls = 1 if on_cpu else _calls_per_program(per_call, result_bytes // mesh.size, mesh)
+    if num_calls > 1:
+        compiled = compile_chain(op, mesh, changing, fixed, num_calls, compiler_options)
+    check_chain(one.as_text(), compiled.as_text(), num_calls, marker, calls_each, max(1, largest // 16))
 
-        return jax.jit(jax.shard_map(vary_all, mesh=mesh, in_specs=spec, out_specs=spec), donate_argnums=0)
+    def run():
+        return compiled((changing,) * num_calls, fixed)
 
-    def seconds(run) -> float:
-        nonlocal touched
-        start = time.perf_counter()
-        touched = jax.block_until_ready(run(touched, *rest))
-        return time.perf_counter() - start
+    ahead = 0 if on_cpu else 1
+    if num_calls > 1:  # what is loaded or recorded at first
+        seconds(run, 3, ahead)
+    (per_program,) = agreed_maximum([seconds(run, 2, ahead) / 2], mesh)
+    num_programs = max(1, math.ceil(_SECONDS_PER_SAMPLE / per_program))
+    samples = [seconds(run, num_programs, ahead) / (num_programs * num_calls) for _ in range(_REPEATS)]
+    return Times(agreed_maximum(samples, mesh), num_calls)
 
-    run, num_calls = program(1), 1
-    seconds(run)
-    per_call = seconds(run)
-    if per_call < seconds_per_run:
-        per_call = min(seconds(run) for _ in range(3))
-        num_calls = max(1, min(_MAX_CALLS, round(seconds_per_run / per_call)))
-        run = program(num_calls)
-        seconds(run)
-    return Times(tuple(seconds(run) / num_calls for _ in range(repeats)))
+
+def seconds(run: Callable, num_programs: int = 1, ahead: int = 0) -> float:
+    """How long it takes to run `run` that often. With `ahead`, a program is started while the one before still
+    runs, so that the time to start it is hidden."""
+    in_flight: collections.deque = collections.deque()
+    start = time.perf_counter()
+    for _ in range(num_programs):
+        in_flight.append(run())
+        if len(in_flight) > ahead:
+            jax.block_until_ready(in_flight.popleft())
+    jax.block_until_ready(list(in_flight))
+    return time.perf_counter() - start
+
+
+def agreed_maximum(values: list[float], mesh: Mesh) -> list[float]:
+    """The largest of all processes' values: what is run next must follow from the same numbers everywhere."""
+    if jax.process_count() == 1:
+        return values
+    mine, sharding = np.array([values], np.float32), NamedSharding(mesh, PartitionSpec(AXIS))
+    everyones = jax.make_array_from_callback((mesh.size, len(values)), sharding, lambda index: mine)
+    maximum = jax.jit(lambda a: jnp.max(a, 0), out_shardings=NamedSharding(mesh, PartitionSpec()))(everyones)
+    return np.asarray(maximum.addressable_data(0)).astype(float).tolist()
+
+
+def _first_impression(one, changing, fixed, mesh: Mesh, verify: Callable) -> tuple[float, int]:
+    """Seconds per call, the same in all processes, and the bytes of its results on all devices."""
+    (out,) = jax.block_until_ready(one((changing,), fixed))
+    result_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(out))
+    verify(out)
+    del out
+    (per_call,) = agreed_maximum([seconds(lambda: one((changing,), fixed))], mesh)
+    return per_call, result_bytes
+
+
+def _calls_per_program(per_call: float, result_bytes: int, mesh: Mesh) -> int:
+    """As many as fill a program's time, within what their results may take; the same in all processes."""
+    stats = mesh.local_devices[0].memory_stats() or {}
+    room = stats.get("bytes_limit", 2**34) * _RESULTS_SHARE
+    calls = int(min(_MAX_CALLS, _SECONDS_PER_PROGRAM / per_call, room / max(1, result_bytes)))
+    return int(agreed_maximum([max(1, calls)], mesh)[0])

@@ -42,26 +42,36 @@ WORKLOADS = {
     workload.name: workload
     for workload in (
         Workload("train-4k", 4096, 7168, 256, 8),
+        Workload("train-4k-skewed", 4096, 7168, 256, 8, zipf_exponent=1.0),
         Workload("small", 8192, 2048, 64, 8),
-        Workload("tiny", 64, 64, 16, 2),
+        Workload("decode", 128, 7168, 256, 8),
         Workload("cpu-2k", 2048, 1024, 64, 8),
+        Workload("tiny", 64, 64, 16, 2),
     )
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """What a routing makes each rank move at least, in rows of H elements; the most loaded rank's numbers."""
+    """What a routing makes ranks move at least, in rows of H elements; the most loaded rank's, or pair's, numbers."""
 
     rows_over_link: int  # (token, rank) that leave, or arrive at, one rank
     rows_received: int  # output rows that hold a token
+    tokens_received: int  # (token, rank) that one rank receives, its own included
+    rows_per_pair: int  # (token, k) from one rank to one rank
+    tokens_per_pair: int  # (token, rank) from one rank to one rank
 
     @staticmethod
     def of(workload: Workload, routing: np.ndarray, num_ranks: int) -> Traffic:
         ranks = routing // (workload.num_experts // num_ranks)
-        rows = np.bincount(ranks.ravel(), minlength=num_ranks)
-        hits = np.zeros((len(routing), num_ranks), bool)
-        np.put_along_axis(hits, ranks, True, axis=1)
-        pairs = hits.reshape(num_ranks, -1, num_ranks).sum(1)  # [source, destination]
-        np.fill_diagonal(pairs, 0)
-        return Traffic(int(max(pairs.sum(0).max(), pairs.sum(1).max())), int(rows.max()))
+        # [source, token, k, destination] and [source, destination]
+        goes_to = (ranks[..., None] == np.arange(num_ranks)).reshape(num_ranks, -1, workload.topk, num_ranks)
+        rows, tokens = goes_to.sum((1, 2)), goes_to.any(2).sum(1)
+        crossing = tokens * (1 - np.eye(num_ranks, dtype=int))
+        return Traffic(
+            rows_over_link=int(max(crossing.sum(0).max(), crossing.sum(1).max())),
+            rows_received=int(rows.sum(0).max()),
+            tokens_received=int(tokens.sum(0).max()),
+            rows_per_pair=int(rows.max()),
+            tokens_per_pair=int(tokens.max()),
+        )

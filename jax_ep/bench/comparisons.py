@@ -1,0 +1,130 @@
+"""Programs side by side: a dispatch beside a matrix product, without command buffers, and with fewer blocks."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import compute_on
+
+from jax_ep.bench.ops import Layer, Op, all_ops
+from jax_ep.bench.problem import Problem
+from jax_ep.bench.results import Comparison, Row, Times, first_line
+from jax_ep.bench.rows import measure_op
+from jax_ep.bench.timing import OUR_CALLS, measure
+from jax_ep.bench.verify import expect_equal
+
+FEW_BLOCKS = 32
+# Half a millisecond of an H200.
+_PRODUCT_FLOPS = 3.5e11
+_PRODUCT_GROUPS = 8
+
+
+def measure_all(problem: Problem, rows: list[Row]) -> Iterator[Comparison]:
+    yield from measure_few_blocks(problem, rows)
+    yield from measure_overlap(problem)
+    yield from measure_command_buffers(problem)
+
+
+def measure_overlap(problem: Problem) -> Iterator[Comparison]:
+    """A dispatch and a product that does not depend on it in one program, against the longer of the two alone."""
+    layer, op = Layer(problem.comm), _op(problem, "dispatch, cached handle")
+    x, handle = op.fixed
+    a, b = _product_operands(problem)
+
+    def product(a, b):
+        return jnp.einsum("gmh,ghf->gmf", a, b)
+
+    def both(dispatch: Callable) -> Callable:
+        return lambda changing, x, handle, b: (dispatch(changing[0], x, handle), product(changing[1], b))
+
+    def time(name: str, fn: Callable, changing, *fixed) -> Comparison:
+        return _comparison(name, lambda: measure(fn, problem.mesh, changing, fixed, marker=OUR_CALLS))
+
+    alone = [
+        time("dispatch, cached handle, alone", layer.cached, op.changing, x, handle),
+        time("matrix product alone", product, a, b),
+    ]
+    yield from alone
+    longer = max(alone, key=lambda comparison: comparison.times.median if comparison.times else 0.0)
+    for name, dispatch in (
+        ("both in one program", layer.cached),
+        ("both, dispatch on XLA's collective stream", on_collective_stream(layer.cached)),
+    ):
+        yield time(name, both(dispatch), (op.changing, a), x, handle, b).against("the longer alone", longer.times)
+
+
+def on_collective_stream(fn: Callable) -> Callable:
+    """`fn`, which XLA for GPUs then runs beside its compute stream; fails where this jax has no such thing."""
+
+    def wrapped(*args):
+        # A function that transforms since jax 0.11.1, a context manager before.
+        transforms = "out_memory_spaces" in inspect.signature(compute_on.compute_on).parameters
+        transform = compute_on.compute_on if transforms else compute_on.compute_on2
+        space = jax.memory.Space.Device
+        return transform(fn, compute_type="gpu_stream:collective", out_memory_spaces=space)(*args)
+
+    return wrapped
+
+
+def measure_command_buffers(problem: Problem) -> Iterator[Comparison]:
+    """Forward and backward with XLA's command buffers and without: the same results, and both times."""
+    op, results = _op(problem, "forward + backward"), []
+
+    def same_as_before(out) -> None:
+        results.append(out)
+        expect_equal("with command buffers and without", results[-1], results[0])
+
+    def time(name: str, options: dict) -> Comparison:
+        return _comparison(
+            name,
+            lambda: measure(
+                op.fn,
+                problem.mesh,
+                op.changing,
+                op.fixed,
+                marker=OUR_CALLS,
+                calls_each=op.num_calls,
+                compiler_options=options,
+                verify=same_as_before,
+            ),
+        )
+
+    without = time("forward + backward, no command buffers", {"xla_gpu_enable_command_buffer": ""})
+    yield without
+    yield time("forward + backward, command buffers as by default", {}).against("without", without.times)
+
+
+def measure_few_blocks(problem: Problem, rows: list[Row]) -> Iterator[Comparison]:
+    """Ops with `FEW_BLOCKS` blocks, against the same with as many as they choose."""
+    best = {row.name: row.times for row in rows}
+    with Problem(problem.workload, problem.mesh, num_sms=FEW_BLOCKS) as few:
+        for op in all_ops(few):
+            if op.name in ("dispatch, cached handle", "combine, weighted"):
+                row = measure_op(few, op)
+                name = f"{op.name}, {FEW_BLOCKS} blocks"
+                yield Comparison(name, row.times, row.error).against("all blocks", best.get(op.name))
+
+
+def _op(problem: Problem, name: str) -> Op:
+    return next(op for op in all_ops(problem) if op.name == name)
+
+
+def _comparison(name: str, time: Callable[[], Times]) -> Comparison:
+    try:
+        return Comparison(name, time(), None)
+    except Exception as error:  # the others are worth having
+        return Comparison(name, None, first_line(error))
+
+
+def _product_operands(problem: Problem) -> tuple[jax.Array, jax.Array]:
+    """[G, M, H] and [G, H, F] per rank; F as large as takes the time on a GPU."""
+    hidden, on_cpu = problem.workload.hidden_size, problem.mesh.devices.flat[0].platform == "cpu"
+    rows = problem.workload.num_tokens if on_cpu else max(4096, problem.workload.num_tokens)
+    rows = rows // _PRODUCT_GROUPS * _PRODUCT_GROUPS
+    features = 128 if on_cpu else max(128, int(_PRODUCT_FLOPS / (2 * rows * hidden)) // 128 * 128)
+    groups = problem.num_ranks * _PRODUCT_GROUPS
+    a = problem.random((groups, rows // _PRODUCT_GROUPS, hidden), seed=4)
+    return a, problem.random((groups, hidden, features), seed=5)

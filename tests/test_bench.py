@@ -1,0 +1,348 @@
+"""The benchmark measures what it says, and its command runs to its end, in one process and in several."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import suite
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+import jax_ep
+from jax_ep.bench import baselines, report, stages, stock, stress, timing, verify
+from jax_ep.bench.ops import all_ops
+from jax_ep.bench.problem import Problem
+from jax_ep.bench.results import Baseline, Ceilings, Row, Times, fastest
+from jax_ep.bench.workloads import WORKLOADS, Traffic, Workload
+
+TINY = WORKLOADS["tiny"]
+THREE_EXPERTS = dataclasses.replace(TINY, topk=3)
+NUM_RANKS = 4
+NUM_CALLS = 5
+TIMEOUT_S = 240
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return suite.make_mesh("cpu", NUM_RANKS, axis_type=jax.sharding.AxisType.Auto)
+
+
+@pytest.fixture(scope="module")
+def problem(mesh):
+    with Problem(TINY, mesh) as problem:
+        yield problem
+
+
+# What is timed.
+
+
+def compiled_texts(mesh, fn, changing, fixed) -> tuple[str, str, int]:
+    one, many = (timing.compile_chain(fn, mesh, changing, fixed, calls).as_text() for calls in (1, NUM_CALLS))
+    return one, many, max(leaf.nbytes for leaf in jax.tree.leaves((changing, fixed))) // mesh.size
+
+
+def test_chain_makes_every_call_and_no_copies(problem, mesh):
+    for op in all_ops(problem):
+        one, many, operand_bytes = compiled_texts(mesh, op.fn, op.changing, op.fixed)
+        assert timing.count_calls(one, timing.OUR_CALLS) == op.num_calls, op.name
+        assert timing.count_calls(many, timing.OUR_CALLS) == NUM_CALLS * op.num_calls, op.name
+        assert timing.count_copies(many, operand_bytes // 16) == 0, op.name
+
+
+def test_chain_makes_every_collective(problem, mesh):
+    dense, *_ = all_pipelines(problem)
+
+    def forward(changing, x):
+        return dense.combine(*dense.dispatch(x, *changing))
+
+    one, many, _ = compiled_texts(mesh, forward, (problem.topk_ids, problem.weights), (problem.x,))
+    # Labels, and tokens there and back.
+    assert timing.count_calls(one, timing.COLLECTIVES) == 3
+    assert timing.count_calls(many, timing.COLLECTIVES) == 3 * NUM_CALLS
+
+
+def test_merged_calls_are_refused(problem, mesh):
+    op = all_ops(problem)[0]
+
+    def all_equal(changing, *fixed):
+        return [op.fn(changing, *fixed) for _ in range(NUM_CALLS)]
+
+    one = timing.compile_chain(op.fn, mesh, op.changing, op.fixed, 1).as_text()
+    merged = timing.compile_chain(all_equal, mesh, op.changing, op.fixed, 1).as_text()
+    with pytest.raises(timing.UnexpectedProgram, match="expected 5 x 2 calls in the compiled program, got 2"):
+        timing.check_chain(one, merged, NUM_CALLS, timing.OUR_CALLS, op.num_calls, 1)
+    with pytest.raises(timing.UnexpectedProgram, match="expected 3 calls in the compiled program, got 2"):
+        timing.check_chain(one, merged, NUM_CALLS, timing.OUR_CALLS, 3, 1)
+
+
+def test_added_copies_are_refused():
+    copy = "  %copy.1 = bf16[4096,7168]{1,0} copy(%a)\n  %copy-start = (f32[8]{0}, f32[8]{0}, u32[]) copy-start(%b)\n"
+    assert timing.count_copies(copy, 33) == 1
+    assert timing.count_copies(copy, 32) == 2
+    with pytest.raises(timing.UnexpectedProgram, match="expected at most 0 copies of large operands, got 1"):
+        timing.check_chain("", copy, 2, None, None, 4096)
+
+
+def test_times():
+    times = Times([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert (times.median, times.spread, times.interquartile_range) == (3.0, 2 / 3, 2 / 3)
+
+
+def test_traffic():
+    workload = Workload("by hand", num_tokens=2, hidden_size=4, num_experts=4, topk=2)
+    # Rank 0 has experts 0 and 1.
+    routing = np.array([[0, 1], [1, 2], [3, 2], [0, 3]], np.int32)
+    assert Traffic.of(workload, routing, 2) == Traffic(
+        rows_over_link=1, rows_received=4, tokens_received=3, rows_per_pair=3, tokens_per_pair=2
+    )
+
+
+def test_floors_and_fastest():
+    ceilings = Ceilings(copy_bytes_per_s=1e9, store_bytes_per_s=1e8, flag_round_trip_s=None, errors={})
+    assert ceilings.floor_s(Row("a", None, None, link_bytes=100, local_bytes=2000)) == 2e-6
+    assert ceilings.floor_s(Row("a", None, None, link_bytes=100, local_bytes=200)) == 1e-6
+    assert Ceilings(None, None, None, {}).floor_s(Row("a", None, None, 1, 1)) is None
+    slow, quick = (Baseline("forward", name, {}, Times([t] * 3)) for name, t in (("slow", 2.0), ("quick", 1.0)))
+    assert fastest([slow, quick, Baseline("forward", "none", {}, None, "failed")], "forward") == quick
+
+
+# Stock JAX.
+
+
+def ragged_all_to_all(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
+    """What jax.lax.ragged_all_to_all is documented to do, which XLA's CPU backend does not."""
+    operands, begins, sizes, places, expected = (
+        lax.all_gather(a, axis_name) for a in (operand, input_offsets, send_sizes, output_offsets, recv_sizes)
+    )
+    me, row = lax.axis_index(axis_name), jnp.arange(output.shape[0], dtype=jnp.int32)
+    for source in range(operands.shape[0]):
+        # It is undefined where both sides do not agree, so give what nobody takes for a result.
+        agreed = sizes[source, me] == expected[me, source]
+        i = row - places[source, me]
+        index = jnp.clip(begins[source, me] + i, 0, operand.shape[0] - 1)
+        values = jnp.where(agreed, jnp.take(operands[source], index, axis=0), jnp.asarray(99, operand.dtype))
+        output = jnp.where(((i >= 0) & (i < sizes[source, me]))[:, None], values, output)
+    return output
+
+
+def all_pipelines(problem) -> list[stock.Pipeline]:
+    return baselines.pipelines(problem.workload, problem.traffic, problem.capacity, problem.num_ranks)
+
+
+def layer_and_gradients(problem, dispatch_and_combine, topk_ids):
+    """Of a layer that is not linear, so that gradients depend on what arrives."""
+
+    @jax.jit
+    @functools.partial(jax.shard_map, mesh=problem.mesh, in_specs=P("ep"), out_specs=P("ep"))
+    def run(x, topk_ids, weights):
+        layer = functools.partial(dispatch_and_combine, topk_ids=topk_ids)
+        out, pull, received = jax.vjp(lambda x, w: layer(x=x, weights=w), x, weights, has_aux=True)
+        return out, pull(x), received
+
+    return run(problem.x, topk_ids, problem.weights)
+
+
+@pytest.mark.parametrize("i", range(4), ids=["dense-rank", "dense-k", "ragged-rank", "ragged-k"])
+def test_stock_pipelines(mesh, monkeypatch, i):
+    monkeypatch.setattr(lax, "ragged_all_to_all", ragged_all_to_all)
+    with Problem(THREE_EXPERTS, mesh, jnp.float32) as problem:
+        topk_ids = THREE_EXPERTS.routing(NUM_RANKS)
+        topk_ids[np.random.default_rng(0).random(topk_ids.shape) < 0.125] = -1
+        topk_ids = problem.shard(topk_ids)
+        pipeline, comm = all_pipelines(problem)[i], problem.communicator(implementation="reference")
+
+        def by_stock(x, topk_ids, weights):
+            tokens, plan, weights = pipeline.dispatch(x, topk_ids, weights)
+            return pipeline.combine(jnp.tanh(tokens), plan, weights), (tokens, plan.num_tokens_per_expert)
+
+        def by_reference(x, topk_ids, weights):
+            out, handle = comm.dispatch(x, topk_ids, weights)
+            return comm.combine(jnp.tanh(out.tokens), handle), (out.tokens, out.layout.num_tokens_per_expert)
+
+        out, gradients, received = layer_and_gradients(problem, by_stock, topk_ids)
+        want_out, want_gradients, want_received = layer_and_gradients(problem, by_reference, topk_ids)
+        jax.tree.map(np.testing.assert_array_equal, received, want_received)
+        close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+        jax.tree.map(close, (out, gradients), (want_out, want_gradients))
+
+
+def test_verification_finds_wrong_results(problem):
+    x = problem.x
+    assert verify.num_different(x, x) == 0
+    assert verify.num_different(x.at[3, 5].multiply(1.01), x) == 1
+    assert verify.num_different(x.at[3, 5].multiply(1.01), x, roundings=8) == 0
+    assert verify.num_different(x.at[3, 5].multiply(1.2), x, roundings=8) == 1
+    assert verify.num_different(x.at[3, 5].set(jnp.nan), x, roundings=8) == 1
+    with pytest.raises(verify.WrongResult, match="combine: 1 of 16384 elements are wrong"):
+        verify.expect_close("combine", x.at[3, 5].set(0), x)
+
+
+def test_baselines_that_fail_are_reported(problem):
+    keys = []
+    measured = dict(
+        baselines.measure_baselines(problem, sweep=False, only="nothing", begin=lambda c: keys.append(c.key))
+    )
+    assert list(measured) == keys
+    assert [baseline.error for baseline in measured.values()] == [None, None, *["not available on cpu"] * 2]
+    configuration = baselines.Configuration(all_pipelines(problem)[0], "forward", "none", {"xla_no_such_flag": True})
+    failed = baselines._measure(problem, verify.Expected(problem), configuration)
+    assert (failed.times, failed.error) == (None, "unknown flag")
+
+
+# Stress.
+
+
+def run_stress(mesh, num_rounds: int):
+    *_, last = stress.run_stress(TINY, mesh, num_rounds)
+    return last
+
+
+def test_stress_finds_wrong_results(mesh, monkeypatch):
+    right = run_stress(mesh, 60)
+    assert (right.rounds, right.wrong_sums, right.wrong_rows) == (60, 0, 0)
+    dispatch, combine = jax_ep.MoECommunicator.dispatch, jax_ep.MoECommunicator.combine
+
+    def misplaced(comm, *args, **kwargs):
+        out, handle = dispatch(comm, *args, **kwargs)
+        return dataclasses.replace(out, tokens=jnp.roll(out.tokens, 1, axis=0)), handle
+
+    with monkeypatch.context() as patched:
+        patched.setattr(jax_ep.MoECommunicator, "combine", lambda *args: combine(*args).at[0, 0].add(1))
+        wrong = run_stress(mesh, 10)
+        assert (wrong.wrong_sums, wrong.wrong_rows) == (10, 0)
+    monkeypatch.setattr(jax_ep.MoECommunicator, "dispatch", misplaced)
+    assert run_stress(mesh, 10).wrong_rows > 5
+
+
+# Stages.
+
+FAKE_WORKER = """
+import json, os, signal, sys, time
+stage = json.loads(sys.argv[1])
+def say(kind, **content):
+    os.write(stage["events"], (json.dumps([kind, content]) + "\\n").encode())
+for key in ["fine", "crashes", "hangs", "last"]:
+    if key not in stage["known"]:
+        say("configuration", key=key, if_failed=dict(op=key))
+        if key == "crashes":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if key == "hangs":
+            time.sleep(1000)
+        say("baseline", key=key, baseline=dict(op=key))
+"""
+
+
+def test_baselines_that_crash_or_hang_do_not_end_the_run(monkeypatch):
+    monkeypatch.setattr(stages, "_WORKER", [sys.executable, "-c", FAKE_WORKER])
+    heard = {}
+
+    def hear(kind, content):
+        if kind == "baseline":
+            heard[content["key"]] = content["baseline"].get("error")
+
+    stages.run_resiliently(stages.Stage("baselines", "tiny"), hear, timeout_s=60, silence_s=2)
+    assert heard == dict(fine=None, crashes="process 0 ended with status -11", hangs="nothing heard for 2 s", last=None)
+
+
+def test_stage_that_fails_shows_its_log(monkeypatch):
+    monkeypatch.setattr(stages, "_WORKER", [sys.executable, "-c", "import sys; sys.exit('no such device')"])
+    with pytest.raises(stages.StageFailed, match="process 0 ended with status 1\nno such device"):
+        list(stages.run_stage(stages.Stage("ours", "tiny"), timeout_s=60))
+
+
+# The command.
+
+
+def start_bench(*arguments) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", "-m", "jax_ep.bench", "--workload", "tiny", *map(str, arguments)],
+        env=os.environ | dict(JAX_PLATFORMS="cpu"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def run_bench(*arguments) -> str:
+    process = start_bench(*arguments)
+    try:
+        output, _ = process.communicate(timeout=TIMEOUT_S)
+    finally:
+        process.kill()
+    assert process.returncode == 0, output
+    return output
+
+
+def test_command(tmp_path):
+    file, picture = tmp_path / "out.json", tmp_path / "out.png"
+    output = run_bench("--devices", 2, "--comparisons", "--json", file, "--plot", picture)
+    for text in ("Ceilings: copy", "x floor", "times faster", "against", "failed: not available on cpu"):
+        assert text in output
+    results = json.loads(file.read_text())
+    assert [summary["row"]["error"] for summary in results["rows"]] == [None] * 7
+    assert [bool(summary["best_stock"]) for summary in results["rows"]].count(True) == 4
+    assert [comparison["error"] for comparison in results["comparisons"]] == [None] * 8
+    assert {baseline["op"] for baseline in results["baselines"].values() if baseline["times"]} == {
+        "forward",
+        "dispatch",
+        "combine",
+        "forward + backward",
+    }
+    assert results["environment"]["devices"] == "2x cpu" and results["problem"]["implementation"] == "cpu"
+    assert results["ceilings"]["copy_bytes_per_s"] > 0 and results["command"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_command_with_two_processes(tmp_path):
+    file = tmp_path / "out.json"
+    run_bench("--devices", 4, "--processes", 2, "--only", "dispatch, fresh", "--json", file)
+    results = json.loads(file.read_text())
+    assert [summary["row"]["error"] for summary in results["rows"]] == [None]
+    assert results["environment"]["processes"] == "2" and results["environment"]["devices"] == "4x cpu"
+    errors = [baseline["error"] for baseline in results["baselines"].values()]
+    # How many pipelines are worth timing further depends on their times.
+    assert errors[:4] == [None, None, *["not available on cpu"] * 2] and set(errors[4:]) == {None}
+    output = run_bench("--devices", 4, "--processes", 2, "--stress", 20)
+    assert "20 rounds of dispatch and combine" in output and "0 with wrong sums, 0 with wrong rows" in output
+
+
+def test_workers_do_not_outlive_the_command():
+    process = start_bench("--devices", 2, "--processes", 2, "--stress", 10**9)
+    children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    deadline = time.monotonic() + 60
+    while len(pids := children.read_text().split()) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(1)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    while any(is_running(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert len(pids) == 2 and not any(is_running(pid) for pid in pids)
+
+
+def is_running(pid: str) -> bool:
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_tables():
+    assert report.format_table(["op", "us"], [["a", "1.0"], ["long", "10.0"]]).splitlines() == [
+        "op      us",
+        "----  ----",
+        "a      1.0",
+        "long  10.0",
+    ]
