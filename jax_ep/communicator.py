@@ -326,7 +326,7 @@ def _output_and_handle(handle: DispatchHandle, tokens, row_weights) -> tuple[Dis
 
 
 def _at_least_one_token(array, fill):
-    """A rank without tokens takes part with one that has no expert: XLA's GPU compiler crashes on empty operands."""
+    """A rank without tokens takes part with one that has no expert, so that no op has empty operands."""
     return array if array.shape[0] else jnp.full((1, *array.shape[1:]), fill, array.dtype)
 
 

@@ -7,9 +7,10 @@
 namespace jax_ep::cuda {
 namespace {
 
-// Shares of the blocks that send, the best of those tried on 4x H200 (docs/performance.md).
-constexpr double kDispatchSenders = 0.07;
-constexpr double kCombineSenders = 0.25;
+// The best of those tried on 2 and 4 H200, with 8 to 132 blocks (docs/performance.md).
+// With two ranks a row that is loaded is stored once, with more ranks several times.
+Senders DispatchSenders(int num_ranks) { return {num_ranks == 2 ? 32 : 12, 0.35}; }
+Senders CombineSenders() { return {56, 0.63}; }
 
 // The CUDA device of a scope; handlers run on threads whose device XLA has chosen.
 class ScopedDevice {
@@ -186,14 +187,12 @@ Arena Communicator::ArenaOf(const Device& device) const {
 }
 
 Blocks Communicator::BlocksOf(const Device& device, const BlockCounts& chosen,
-                              double sender_share) const {
+                              const Senders& senders) const {
   if (chosen.senders > 0) return {chosen.senders + chosen.receivers, chosen.senders};
-  const int total = spec_.num_sms > 0 ? std::min(spec_.num_sms, device.num_sms) : device.num_sms;
-  if (spec_.shape.num_ranks == 1) return {total, 0};
-  const int at_least_two = std::max(total, 2);
-  const int senders =
-      std::clamp(static_cast<int>(at_least_two * sender_share), 1, at_least_two - 1);
-  return {at_least_two, senders};
+  const int sms = spec_.num_sms > 0 ? std::min(spec_.num_sms, device.num_sms) : device.num_sms;
+  if (spec_.shape.num_ranks == 1) return {sms, 0};
+  const int total = std::max(sms, 2);
+  return {total, std::clamp(static_cast<int>(total * senders.most), 1, senders.wanted)};
 }
 
 std::string Communicator::Dispatch(int32_t ordinal, const FreshDispatchParams& params,
@@ -205,8 +204,9 @@ std::string Communicator::Dispatch(int32_t ordinal, const FreshDispatchParams& p
   cudaError_t error = LaunchExchange(shape, arena, params.route, stream);
   if (error == cudaSuccess) error = LaunchPlacement(shape, arena, params.route, stream);
   if (error == cudaSuccess)
-    error = LaunchDispatch(shape, arena, params.dispatch, params.route.topk_ids,
-                           BlocksOf(device, spec_.dispatch_blocks, kDispatchSenders), stream);
+    error = LaunchDispatch(
+        shape, arena, params.dispatch, params.route.topk_ids,
+        BlocksOf(device, spec_.dispatch_blocks, DispatchSenders(spec_.shape.num_ranks)), stream);
   return Failed("dispatch", error);
 }
 
@@ -214,9 +214,10 @@ std::string Communicator::DispatchCached(int32_t ordinal, const DispatchParams& 
                                          cudaStream_t stream) {
   ScopedDevice scope(ordinal);
   const Device& device = devices_.at(ordinal);
-  return Failed("cached dispatch",
-                LaunchDispatch(spec_.shape, ArenaOf(device), params, nullptr,
-                               BlocksOf(device, spec_.dispatch_blocks, kDispatchSenders), stream));
+  return Failed("cached dispatch", LaunchDispatch(spec_.shape, ArenaOf(device), params, nullptr,
+                                                  BlocksOf(device, spec_.dispatch_blocks,
+                                                           DispatchSenders(spec_.shape.num_ranks)),
+                                                  stream));
 }
 
 std::string Communicator::Combine(int32_t ordinal, const CombineParams& params,
@@ -225,7 +226,7 @@ std::string Communicator::Combine(int32_t ordinal, const CombineParams& params,
   const Device& device = devices_.at(ordinal);
   return Failed("combine",
                 LaunchCombine(spec_.shape, ArenaOf(device), params,
-                              BlocksOf(device, spec_.combine_blocks, kCombineSenders), stream));
+                              BlocksOf(device, spec_.combine_blocks, CombineSenders()), stream));
 }
 
 std::string Communicator::Stores(int32_t ordinal, const StoresParams& params, cudaStream_t stream) {

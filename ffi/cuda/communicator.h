@@ -15,6 +15,13 @@
 
 namespace jax_ep::cuda {
 
+// How many of an exchange's blocks send: as many as fill the link, and of few blocks no more than a
+// share.
+struct Senders {
+  int wanted;
+  double most;
+};
+
 // The arenas of this process's GPUs, connected to those of their groups. Methods that can fail
 // return an error text, empty on success.
 class Communicator {
@@ -61,8 +68,8 @@ class Communicator {
   std::string ConnectLocal(int32_t ordinal, Device& device);
   std::string UploadBases(int32_t ordinal, const Device& device);
   Arena ArenaOf(const Device& device) const;
-  // What was chosen, or as many blocks as there are SMs, `sender_share` of them to send.
-  Blocks BlocksOf(const Device& device, const BlockCounts& chosen, double sender_share) const;
+  // What was chosen, or as many blocks as there are SMs.
+  Blocks BlocksOf(const Device& device, const BlockCounts& chosen, const Senders& senders) const;
 
   const CommunicatorSpec spec_;
   const ArenaLayout layout_;

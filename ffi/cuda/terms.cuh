@@ -24,8 +24,9 @@ struct TermList {
   static constexpr int kCapacity = 80;
 
   Term terms[kCapacity];
-  int32_t begins[kTeamWarps + 1];  // first term of each token
-  int32_t counts[kTeamWarps];
+  // Apart, because the compiler reads counts 16 bytes at a time while begins are written.
+  alignas(16) int32_t counts[kTeamWarps];
+  alignas(16) int32_t begins[kTeamWarps + 1];  // first term of each token
   bool is_wanted[kTeamWarps];
 
   // As many tokens as fit for sure.

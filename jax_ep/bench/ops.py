@@ -73,7 +73,7 @@ def all_ops(problem: Problem) -> list[Op]:
     # The gradient of a weighted combine is a dispatch that also reads what was combined.
     combine_gradient = t + n + c
     return [
-        Op("dispatch, fresh routing", layer.fresh, ids_and_weights, (x,), 2, 1, dispatched),
+        Op("dispatch, fresh routing", layer.fresh, ids_and_weights, (x,), 1, 1, dispatched),
         Op("dispatch, cached handle", layer.cached, problem.weights, (x, handle), 1, 1, dispatched),
         Op("combine, weighted", layer.combine, row_weights, (y, handle), 1, 1, combined),
         Op(
@@ -86,13 +86,13 @@ def all_ops(problem: Problem) -> list[Op]:
             combined,
         ),
         Op("combine backward", layer.combine_backward, row_weights, (x, y, handle), 1, 1, combine_gradient),
-        Op("forward", layer.forward, ids_and_weights, (x,), 3, 2, dispatched + combined),
+        Op("forward", layer.forward, ids_and_weights, (x,), 2, 2, dispatched + combined),
         Op(
             "forward + backward",
             layer.forward_and_backward,
             ids_and_weights,
             (x, x),
-            5,
+            4,
             4,
             dispatched + combined + combine_gradient + combined,
         ),

@@ -21,11 +21,13 @@ OUR_CALLS = r'custom_call_target="jax_ep_'
 COLLECTIVES = r" (?:ragged-all-to-all|all-to-all|all-gather)(?:-start)?\("
 
 _REPEATS = 7
-_MAX_CALLS = 32
-_SECONDS_PER_PROGRAM = 0.005
-_SECONDS_PER_SAMPLE = 0.03
+_MAX_CALLS = 16
+_SECONDS_PER_PROGRAM = 0.05
+_SECONDS_PER_SAMPLE = 0.05
+# Programs in flight on GPUs, so that the time to start one is hidden.
+_AHEAD = 2
 # Of a device's memory, for the results of the calls of one program.
-_RESULTS_SHARE = 1 / 16
+_RESULTS_SHARE = 1 / 8
 
 
 class UnexpectedProgram(RuntimeError):
@@ -119,13 +121,21 @@ def measure(
     def run():
         return compiled((changing,) * num_calls, fixed)
 
-    ahead = 0 if on_cpu else 1
+    ahead = 0 if on_cpu else _AHEAD
     if num_calls > 1:  # what is loaded or recorded at first
         seconds(run, 3, ahead)
     (per_program,) = agreed_maximum([seconds(run, 2, ahead) / 2], mesh)
     num_programs = max(1, math.ceil(_SECONDS_PER_SAMPLE / per_program))
-    samples = [seconds(run, num_programs, ahead) / (num_programs * num_calls) for _ in range(_REPEATS)]
+    samples = [_seconds_per_program(run, num_programs, ahead) / num_calls for _ in range(_REPEATS)]
     return Times(agreed_maximum(samples, mesh), num_calls)
+
+
+def _seconds_per_program(run: Callable, num_programs: int, ahead: int) -> float:
+    """In a steady state: with programs ahead, without what it takes to start the first and to hear of the last."""
+    if ahead == 0:
+        return seconds(run, num_programs) / num_programs
+    few = ahead + 1
+    return (seconds(run, few + num_programs, ahead) - seconds(run, few, ahead)) / num_programs
 
 
 def seconds(run: Callable, num_programs: int = 1, ahead: int = 0) -> float:
