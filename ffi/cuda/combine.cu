@@ -172,6 +172,14 @@ __device__ void ReceiveScalars(const MoEShape& shape, const Arena& arena, const 
   if (lane < shape.topk) p.token_scalars[token * shape.topk + lane] = scalar;
 }
 
+// NaN for a token, by one warp.
+__device__ void PoisonToken(const MoEShape& shape, const CombineParams& p, int64_t token) {
+  const int vectors = NumVectors(shape), lane = threadIdx.x % 32;
+  FillRow(static_cast<int4*>(p.out) + token * vectors, vectors, NaNs(shape.dtype));
+  if (p.row_scalars != nullptr && lane < shape.topk)
+    p.token_scalars[token * shape.topk + lane] = __int_as_float(0x7fc00000);
+}
+
 // A few tokens at a time. A thread per peer waits for the chunk that they are in.
 template <typename T>
 __device__ void Receive(const MoEShape& shape, const Arena& arena, const Team& team,
@@ -202,20 +210,16 @@ __device__ void Receive(const MoEShape& shape, const Arena& arena, const Team& t
       if (in_range && p.row_scalars != nullptr)
         ReceiveScalars(shape, arena, p, epoch, token, rank, own);
     } else if (in_range) {
-      FillRow(out + int64_t{team.warp} * vectors, vectors, NaNs(shape.dtype));
+      PoisonToken(shape, p, token);
     }
   }
 }
 
 __device__ void FillNaN(const MoEShape& shape, const CombineParams& p) {
-  const int vectors = NumVectors(shape), lane = threadIdx.x % 32;
   const int64_t warps = static_cast<int64_t>(gridDim.x) * kWarps;
   for (int64_t token = blockIdx.x * int64_t{kWarps} + threadIdx.x / 32; token < p.num_tokens;
-       token += warps) {
-    FillRow(static_cast<int4*>(p.out) + token * vectors, vectors, NaNs(shape.dtype));
-    if (p.row_scalars != nullptr && lane < shape.topk)
-      p.token_scalars[token * shape.topk + lane] = __int_as_float(0x7fc00000);
-  }
+       token += warps)
+    PoisonToken(shape, p, token);
 }
 
 template <typename T>

@@ -20,6 +20,11 @@ __device__ int NumVectors(const MoEShape& shape) {
   return static_cast<int>(shape.row_bytes() / 16);
 }
 
+// What is in row_scalars beside each row: its weights, or one dot product.
+__device__ int ScalarsPerRow(const MoEShape& shape, const DispatchParams& p) {
+  return p.y != nullptr ? 1 : shape.weights_per_row();
+}
+
 // The ranks that a token goes to, one in each of some lanes of the warp and -1 in the others.
 __device__ int DestinationOfLane(const MoEShape& shape, const DispatchParams& p,
                                  const int32_t* topk_ids, int64_t token) {
@@ -111,7 +116,8 @@ struct TokenSource {
   }
 };
 
-// NaN for the rows of a token that never came; lane k holds the k-th.
+// NaN for the rows of a token that never came, and for what belongs to them in row_scalars; lane k
+// holds the k-th.
 __device__ void PoisonRows(const MoEShape& shape, const DispatchParams& p, int row,
                            unsigned lanes) {
   const int vectors = NumVectors(shape);
@@ -119,6 +125,10 @@ __device__ void PoisonRows(const MoEShape& shape, const DispatchParams& p, int r
     FillRow(static_cast<int4*>(p.tokens) +
                 int64_t{__shfl_sync(kAllLanes, row, __ffs(rest) - 1)} * vectors,
             vectors, NaNs(shape.dtype));
+  if (p.row_scalars == nullptr || row < 0) return;
+  const int per_row = ScalarsPerRow(shape, p);
+  for (int i = 0; i < per_row; ++i)
+    p.row_scalars[int64_t{row} * per_row + i] = __int_as_float(0x7fc00000);
 }
 
 // Gives arrived tokens to their rows: copies, a warp per token.
@@ -278,8 +288,7 @@ __device__ void Receive(const MoEShape& shape, const Arena& arena, const Team& t
 // in row_scalars.
 __device__ void FillRows(const MoEShape& shape, const DispatchParams& p, int64_t begin, int64_t end,
                          int block, int blocks, const RowBuffer& buffer, float scalar) {
-  const int vectors = NumVectors(shape), lane = threadIdx.x % 32,
-            per_row = p.y != nullptr ? 1 : shape.weights_per_row();
+  const int vectors = NumVectors(shape), lane = threadIdx.x % 32, per_row = ScalarsPerRow(shape, p);
   const int64_t warp = static_cast<int64_t>(block) * kWarps + threadIdx.x / 32;
   for (int64_t row = begin + warp; row < end; row += static_cast<int64_t>(blocks) * kWarps) {
     if (lane == 0) buffer.Store(static_cast<int4*>(p.tokens) + row * vectors, vectors);

@@ -24,12 +24,16 @@ _PRODUCT_GROUPS = 8
 
 def measure_all(problem: Problem, rows: list[Row]) -> Iterator[Comparison]:
     yield from measure_few_blocks(problem, rows)
-    yield from measure_overlap(problem)
+    with Problem(problem.workload, problem.mesh, num_sms=FEW_BLOCKS) as few:
+        yield from measure_overlap(few)
     yield from measure_command_buffers(problem)
 
 
 def measure_overlap(problem: Problem) -> Iterator[Comparison]:
-    """A dispatch and a product that does not depend on it in one program, against the longer of the two alone."""
+    """A dispatch and a product that does not depend on it in one program, against the longer of the two alone.
+
+    Of few blocks: beside a dispatch on all SMs nothing else runs.
+    """
     layer, op = Layer(problem.comm), _op(problem, "dispatch, cached handle")
     x, handle = op.fixed
     a, b = _product_operands(problem)
@@ -44,7 +48,7 @@ def measure_overlap(problem: Problem) -> Iterator[Comparison]:
         return _comparison(name, lambda: measure(fn, problem.mesh, changing, fixed, marker=OUR_CALLS))
 
     alone = [
-        time("dispatch, cached handle, alone", layer.cached, op.changing, x, handle),
+        time(f"dispatch, cached handle, {FEW_BLOCKS} blocks, alone", layer.cached, op.changing, x, handle),
         time("matrix product alone", product, a, b),
     ]
     yield from alone

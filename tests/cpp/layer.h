@@ -337,6 +337,12 @@ inline void RankWalk::CheckRoute() const {
   const Ints send_ranks(tables_.begin() + layout.send_ranks, tables_.begin() + layout.recv_rows);
   ExpectEqual("send_ranks", send_ranks,
               naive::SendRanks(layer_.shape, layer_.topk_ids[rank_], layer_.num_tokens));
+  // What is poisoned is not read.
+  if (layer_.error.code == ErrorCode::kNone) {
+    const Ints recv_rows(tables_.begin() + layout.recv_rows, tables_.begin() + layout.group_counts);
+    ExpectEqual("recv_rows", recv_rows,
+                naive::RecvRows(layer_.shape, rank_, layer_.topk_ids, expected, layer_.num_tokens));
+  }
   const Ints status(tables_.begin() + layout.status, tables_.begin() + layout.status + kStatusSize);
   ExpectEqual("status", status,
               {expected.num_dropped, static_cast<int32_t>(layer_.error.code), layer_.error.rank,

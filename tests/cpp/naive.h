@@ -205,6 +205,27 @@ inline std::vector<int32_t> SendRanks(const MoEShape& shape, const std::vector<i
   return send_ranks;
 }
 
+// The row on `rank` of each (source, token, k), or of each (source, token) for kRankMajor, [R, T, 1
+// or K]: -1 if it has none, -2 if it was dropped.
+inline std::vector<int32_t> RecvRows(const MoEShape& shape, int rank, const TopkIds& topk_ids,
+                                     const Routing& routing, int64_t num_tokens) {
+  const bool flat = shape.layout == OutputLayout::kFlat;
+  std::vector<int32_t> recv_rows;
+  for (const std::vector<int32_t>& ids : topk_ids)
+    for (int64_t i = 0; i < num_tokens * shape.topk; ++i) {
+      const bool is_mine = IsLocal(shape, rank, ids[i]);
+      if (flat || i % shape.topk == 0) recv_rows.push_back(-1);
+      if (is_mine) recv_rows.back() = -2;
+    }
+  for (int64_t row = 0; row < shape.capacity; ++row) {
+    const Origin& origin = routing.rows[row];
+    if (origin.source < 0) continue;
+    const int64_t token = origin.source * num_tokens + origin.token;
+    recv_rows[flat ? token * shape.topk + origin.k : token] = static_cast<int32_t>(row);
+  }
+  return recv_rows;
+}
+
 // What all ranks are to report of a step.
 inline ErrorRecord FindError(const MoEShape& shape, const TopkIds& topk_ids,
                              const std::vector<Routing>& routing) {
