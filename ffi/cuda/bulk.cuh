@@ -107,33 +107,39 @@ class PieceRing {
   // Eight warps share a row of 7168 16-bit elements without a rest.
   static constexpr int kVectors = 112;
   static constexpr int kPerLane = (kVectors + 31) / 32;
-  static constexpr int kPieces = 7;
+  static constexpr int kPieces = 6;
+  // Room for all lanes, so that reading a piece needs no condition.
+  static constexpr int kStride = 32 * kPerLane;
 
-  __device__ explicit PieceRing(const WarpMemory& memory) : mine_(memory.data + threadIdx.x % 32) {}
+  __device__ explicit PieceRing(const WarpMemory& memory)
+      : begin_(memory.data + threadIdx.x % 32), next_load_(begin_), front_(begin_) {}
 
-  // Asks for up to kVectors, or for an empty piece. There must be room, and always is after Pop.
-  __device__ void Load(const int4* from, int vectors) {
-    const int lane = threadIdx.x % 32;
+  // Asks for vectors of a piece, given what this lane begins with and how many are left from there:
+  // none at all is fine. There must be room, and always is after Pop.
+  __device__ void Load(const int4* mine, int left) {
 #pragma unroll
     for (int u = 0; u < kPerLane; ++u)
-      if (lane + 32 * u < vectors)
-        ptx::cp_async_cg(mine_ + next_load_ * kVectors + 32 * u, from + lane + 32 * u);
+      if (32 * u < left) ptx::cp_async_cg(next_load_ + 32 * u, mine + 32 * u);
     ptx::cp_async_commit_group();
-    if (++next_load_ == kPieces) next_load_ = 0;
+    next_load_ = After(next_load_);
   }
-  // Waits for the oldest of kPieces pieces; this lane's vectors of it are 32 apart.
-  __device__ const int4* Front() const {
+  // Waits for the oldest of kPieces pieces, and reads this lane's vectors: past the end of the
+  // piece, whatever was there.
+  __device__ void Front(int4 (&v)[kPerLane]) const {
     ptx::cp_async_wait_group<kPieces - 1>();
-    return mine_ + front_ * kVectors;
+#pragma unroll
+    for (int u = 0; u < kPerLane; ++u) v[u] = front_[32 * u];
   }
-  // Makes room: the oldest piece has been used.
-  __device__ void Pop() {
-    if (++front_ == kPieces) front_ = 0;
-  }
+  // Makes room: the oldest piece has been read.
+  __device__ void Pop() { front_ = After(front_); }
 
  private:
-  int4* const mine_;
-  int next_load_ = 0, front_ = 0;
+  __device__ int4* After(int4* piece) const {
+    return piece == begin_ + (kPieces - 1) * kStride ? begin_ : piece + kStride;
+  }
+
+  int4* const begin_;
+  int4 *next_load_, *front_;
 };
 
 }  // namespace jax_ep::cuda

@@ -59,8 +59,9 @@ __device__ void ListRows(const MoEShape& shape, const CombineParams& p, const To
       static_cast<const int4*>(p.y) + int64_t{own.row} * NumVectors(shape), own.weight, kOwnRow};
 }
 
-// Adds up each token of `list` in order, into the row that `out_of` gives for it.
-template <typename T, typename OutOf>
+// Adds up each token of `list` in order, into the row that `out_of` gives for it. With kOwnOnly,
+// all terms are own rows.
+template <typename T, bool kOwnOnly, typename OutOf>
 __device__ void AddUp(const TermList& list, const Team& team, int vectors, PieceRing& ring,
                       const OutOf& out_of) {
   constexpr int kPerLane = PieceRing::kPerLane;
@@ -70,41 +71,42 @@ __device__ void AddUp(const TermList& list, const Team& team, int vectors, Piece
     if (columns.size() == 0) continue;
     TermStream stream(list, columns, ring);
     for (int token = 0; token < kTeamWarps; ++token) {
-      Sum<T> total[kPerLane][kPerVector<T>] = {}, own[kPerLane][kPerVector<T>] = {};
+      Sum<T> own[kPerLane][kPerVector<T>] = {}, total[kPerLane][kPerVector<T>] = {};
       const int end = list.begins[token + 1];
       for (int i = list.begins[token]; i < end; ++i) {
-        const float weight = list.terms[i].weight;
-        const bool is_own = list.terms[i].tag == kOwnRow;
-        const int4* piece = stream.Front();
+        const Sum<T> weight = list.terms[i].weight;
+        const bool is_own = kOwnOnly || list.terms[i].tag == kOwnRow;
+        int4 v[kPerLane];
+        stream.Take(v);
+        if (is_own) {
 #pragma unroll
-        for (int u = 0; u < kPerLane; ++u) {
-          if (lane + 32 * u >= columns.size()) continue;
-          const int4 v = piece[32 * u];
-          if (is_own)
-            AddScaled<T>(own[u], v, weight);
-          else
-            AddScaled<T>(total[u], v, 1);
+          for (int u = 0; u < kPerLane; ++u) AddScaled<T>(own[u], v[u], weight);
+        } else {
+#pragma unroll
+          for (int u = 0; u < kPerLane; ++u) AddScaled<T>(total[u], v[u], 1);
         }
-        stream.Pop();
-        if (!is_own || (i + 1 < end && list.terms[i + 1].tag == kOwnRow)) continue;
+        if constexpr (!kOwnOnly) {
+          if (!is_own || (i + 1 < end && list.terms[i + 1].tag == kOwnRow)) continue;
 #pragma unroll
-        for (int u = 0; u < kPerLane; ++u) AddScaled<T>(total[u], Pack<T>(own[u]), 1);
+          for (int u = 0; u < kPerLane; ++u) AddScaled<T>(total[u], Pack<T>(own[u]), 1);
+        }
       }
       if (!list.is_wanted[token]) continue;
       int4* out = out_of(token) + columns.begin;
 #pragma unroll
       for (int u = 0; u < kPerLane; ++u)
         if (lane + 32 * u < columns.size())
-          ptx::st_no_allocate(out + lane + 32 * u, Pack<T>(total[u]));
+          ptx::st_no_allocate(out + lane + 32 * u, Pack<T>(kOwnOnly ? own[u] : total[u]));
     }
   }
 }
 
-// Sends the sums of tokens [first, last) of `source`, at most as many as a list holds.
-template <typename T>
+// Sends the sums of tokens [first, last) of `source`, at most as many as a list holds. Calls
+// `before_stores` once they are listed.
+template <typename T, typename F>
 __device__ void SendTokens(const MoEShape& shape, const Arena& arena, const Team& team,
                            const CombineParams& p, uint32_t epoch, int source, int64_t first,
-                           int64_t last, TermList& list, PieceRing& ring) {
+                           int64_t last, TermList& list, PieceRing& ring, const F& before_stores) {
   const int lane = threadIdx.x % 32;
   const int64_t token = first + team.warp;
   const bool in_range = token < last;
@@ -112,21 +114,29 @@ __device__ void SendTokens(const MoEShape& shape, const Arena& arena, const Team
   const bool sends = in_range && rows.is_mine;
   Term* terms = list.Reserve(team, sends ? __popc(rows.lanes) : 0, sends);
   if (sends) ListRows(shape, p, rows, terms);
+  team.Sync();
+  before_stores();
   if (sends && p.row_scalars != nullptr) {
     const float scalar = rows.Scalar(shape, p);
     if (lane < shape.topk) arena.Scalars(epoch, source, arena.rank, token)[lane] = scalar;
   }
-  team.Sync();
-  AddUp<T>(list, team, NumVectors(shape), ring,
-           [&](int i) { return arena.Row(epoch, source, arena.rank, first + i); });
+  AddUp<T, true>(list, team, NumVectors(shape), ring,
+                 [&](int i) { return arena.Row(epoch, source, arena.rank, first + i); });
 }
 
+// A chunk is announced when the next one has been listed: by then most of its stores have arrived,
+// and the release need not wait for them.
 template <typename T>
 __device__ void Send(const MoEShape& shape, const Arena& arena, const Team& team,
                      const CombineParams& p, uint32_t epoch, TermList& list, PieceRing& ring) {
   const int peers = shape.num_ranks - 1, per_chunk = arena.layout.tokens_per_chunk,
             per_list = TermList::MaxTokens(shape.topk);
   const int64_t num_tasks = CeilDiv(p.num_tokens, per_chunk) * peers;
+  uint32_t* unannounced = nullptr;
+  const auto announce = [&] {
+    if (unannounced != nullptr && team.thread == 0) ptx::st_release_sys(unannounced, epoch);
+    unannounced = nullptr;
+  };
   Tasks tasks(team, &arena.Header()->send_tasks);
   while (tasks.current() < num_tasks) {
     // Every rank starts with another peer, so that no link is everybody's first.
@@ -137,10 +147,11 @@ __device__ void Send(const MoEShape& shape, const Arena& arena, const Team& team
     tasks.Ask();
     for (int64_t begin = first; begin < last; begin += per_list)
       SendTokens<T>(shape, arena, team, p, epoch, source, begin, min(begin + per_list, last), list,
-                    ring);
+                    ring, announce);
     tasks.Advance();
-    if (team.thread == 0) ptx::st_release_sys(arena.ChunkFlag(source, arena.rank, chunk), epoch);
+    unannounced = arena.ChunkFlag(source, arena.rank, chunk);
   }
+  announce();
 }
 
 // Lists what a token is added up from, in the order of the ranks: lane i of the warp holds the i-th
@@ -189,7 +200,7 @@ __device__ void Receive(const MoEShape& shape, const Arena& arena, const Team& t
   Tasks tasks(team, &arena.Header()->receive_tasks);
   while (tasks.current() < num_tasks) {
     const int64_t first = int64_t{tasks.current()} * kTokensPerTask, token = first + team.warp,
-                  chunk = first / arena.layout.tokens_per_chunk;
+                  chunk = static_cast<uint32_t>(first) / arena.layout.tokens_per_chunk;
     const bool in_range = team.warp < kTokensPerTask && token < p.num_tokens;
     tasks.Ask();
     // Fetched before the wait, so that its latency passes meanwhile.
@@ -206,7 +217,7 @@ __device__ void Receive(const MoEShape& shape, const Arena& arena, const Team& t
     ptx::fence_proxy_async();  // what arrived is read by bulk copies
     int4* out = static_cast<int4*>(p.out) + first * vectors;
     if (arrived) {
-      AddUp<T>(list, team, vectors, ring, [&](int i) { return out + int64_t{i} * vectors; });
+      AddUp<T, false>(list, team, vectors, ring, [&](int i) { return out + int64_t{i} * vectors; });
       if (in_range && p.row_scalars != nullptr)
         ReceiveScalars(shape, arena, p, epoch, token, rank, own);
     } else if (in_range) {

@@ -198,24 +198,22 @@ class Scaler {
     constexpr int kPerLane = PieceRing::kPerLane;
     const int lane = threadIdx.x % 32;
     float* dots = memory_.numbers(memory_.warp_of_team);
-    int4 gradient[kPerLane];
+    int4 gradient[kPerLane] = {};
     TermStream stream(list, columns, ring_);
     for (int i = 0; i < list.size(); ++i) {
       const Term& term = list.terms[i];
+      int4 v[kPerLane];
+      stream.Take(v);
       Sum<T> dot = 0;
-      if (columns.size() > 0) {
-        const int4* piece = stream.Front();
+      if (term.tag == kGradient) {
+#pragma unroll
+        for (int u = 0; u < kPerLane; ++u) gradient[u] = v[u];
+      } else {
         int4* to = static_cast<int4*>(p.tokens) + int64_t{term.tag} * vectors + columns.begin;
 #pragma unroll
-        for (int u = 0; u < kPerLane; ++u) {
-          if (lane + 32 * u >= columns.size()) continue;
-          const int4 v = piece[32 * u];
-          if (term.tag == kGradient)
-            gradient[u] = v;
-          else
-            ptx::st_no_allocate(to + lane + 32 * u, Scale(gradient[u], v, term.weight, dot));
-        }
-        stream.Pop();
+        for (int u = 0; u < kPerLane; ++u)
+          if (lane + 32 * u < columns.size())
+            ptx::st_no_allocate(to + lane + 32 * u, Scale(gradient[u], v[u], term.weight, dot));
       }
       for (int step = 16; step > 0; step /= 2) dot += __shfl_xor_sync(kAllLanes, dot, step);
       if (lane == 0) dots[i] = (first ? 0.0f : dots[i]) + static_cast<float>(dot);

@@ -19,6 +19,13 @@ __device__ __forceinline__ uint32_t ld_acquire_sys(const uint32_t* at) {
   return value;
 }
 
+// Sees what a peer wrote, and nothing follows from it.
+__device__ __forceinline__ uint32_t ld_relaxed_sys(const uint32_t* at) {
+  uint32_t value;
+  asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
+  return value;
+}
+
 __device__ __forceinline__ uint32_t ld_volatile(const uint32_t* at) {
   uint32_t value;
   asm volatile("ld.volatile.global.u32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");

@@ -38,9 +38,10 @@ __device__ inline bool Wait(const Arena& arena, const uint32_t* flag, uint32_t e
   uint32_t seen = ptx::ld_acquire_sys(flag);
   if (Reached(seen, epoch)) return true;
   const uint64_t start = ptx::globaltimer();
+  // An acquire empties the first-level cache: one, once there is something to acquire.
   for (uint32_t spin = 1;; ++spin) {
-    seen = ptx::ld_acquire_sys(flag);
-    if (Reached(seen, epoch)) return true;
+    seen = ptx::ld_relaxed_sys(flag);
+    if (Reached(seen, epoch)) return ptx::ld_acquire_sys(flag), true;
     if (spin % kSpinsPerClock != 0) continue;
     if (ptx::ld_volatile(&arena.Header()->failed) != 0) return false;
     if (ptx::globaltimer() - start > arena.timeout_ns) break;

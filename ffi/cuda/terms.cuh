@@ -58,10 +58,11 @@ struct Columns {
   int begin, end;
 
   static __device__ int NumStretches(int vectors) {
-    return static_cast<int>(CeilDiv(vectors, kTeamWarps * PieceRing::kVectors));
+    constexpr int kMost = kTeamWarps * PieceRing::kVectors;
+    return (vectors + kMost - 1) / kMost;
   }
   __device__ Columns(const Team& team, int vectors, int stretch) {
-    const int width = static_cast<int>(CeilDiv(vectors, NumStretches(vectors) * kTeamWarps));
+    const int parts = NumStretches(vectors) * kTeamWarps, width = (vectors + parts - 1) / parts;
     begin = min((stretch * kTeamWarps + team.warp) * width, vectors);
     end = min(begin + width, vectors);
   }
@@ -72,29 +73,30 @@ struct Columns {
 class TermStream {
  public:
   __device__ TermStream(const TermList& list, const Columns& columns, PieceRing& ring)
-      : list_(list), columns_(columns), ring_(ring), size_(list.size()) {
+      : ring_(ring),
+        next_(list.terms),
+        end_(list.terms + list.size()),
+        begin_(columns.begin + threadIdx.x % 32),
+        left_(columns.size() - static_cast<int>(threadIdx.x % 32)) {
     for (int i = 0; i < PieceRing::kPieces; ++i) LoadNext();
   }
   // This lane's vectors of the oldest term, 32 apart.
-  __device__ const int4* Front() const { return ring_.Front(); }
-  __device__ void Pop() {
+  __device__ void Take(int4 (&v)[PieceRing::kPerLane]) {
+    ring_.Front(v);
     ring_.Pop();
     LoadNext();
   }
 
  private:
   __device__ void LoadNext() {
-    const bool more = next_ < size_;
-    ring_.Load(more ? list_.terms[next_].row + columns_.begin : nullptr,
-               more ? columns_.size() : 0);
+    const bool more = next_ < end_;
+    ring_.Load(more ? next_->row + begin_ : nullptr, more ? left_ : 0);
     ++next_;
   }
 
-  const TermList& list_;
-  const Columns& columns_;
   PieceRing& ring_;
-  const int size_;
-  int next_ = 0;
+  const Term *next_, *const end_;
+  const int begin_, left_;
 };
 
 // What a team keeps in the memory of its warps behind their rings.
@@ -102,7 +104,7 @@ struct TeamMemory {
   WarpMemory warp;  // this warp's
   int warp_of_team;
 
-  static constexpr int kRingVectors = PieceRing::kPieces * PieceRing::kVectors;
+  static constexpr int kRingVectors = PieceRing::kPieces * PieceRing::kStride;
   static constexpr size_t kBytesBehind = (WarpMemory::kVectors - kRingVectors) * sizeof(int4);
   static_assert(sizeof(TermList) + TermList::kCapacity * sizeof(float) <= kBytesBehind);
 
