@@ -15,6 +15,9 @@ CUDA_EXTRA := $(if $(filter on ON On 1 true yes,$(JAX_EP_CUDA)),$(comma)cuda13)
 NATIVE_SOURCES := pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(shell find ffi -type f)
 FORMATTED_SOURCES = $(shell find ffi tests -name '*.h' -o -name '*.cc' -o -name '*.cu' -o -name '*.cuh')
 
+# Random shapes for each number of ranks.
+EMULATED_SHAPES ?= 10
+
 # What is installed in .venv, by set of requirements.
 EXAMPLES := $(VENV)/.examples-cuda-$(JAX_EP_CUDA)
 TEST := $(VENV)/.test-cuda-$(JAX_EP_CUDA)
@@ -65,6 +68,12 @@ sanitize-asan sanitize-tsan: sanitize-%: $(TOOLS)
 	$(CMAKE) -S . -B build/$* -DJAX_EP_SANITIZE=$(SANITIZER)
 	$(BIN)/cmake --build build/$* --target cpu_ops_test
 	timeout 600 $$(setarch -R true 2>/dev/null && echo setarch -R) build/$*/cpu_ops_test
+
+.PHONY: emulate
+emulate: $(TOOLS)  ## Test the CUDA kernels' logic on the CPU (x86-64), under UndefinedBehaviorSanitizer
+	$(CMAKE) -S . -B build/emulator -DJAX_EP_SANITIZE=undefined
+	$(BIN)/cmake --build build/emulator --target cuda_ops_emulated_test
+	timeout 300 build/emulator/cuda_ops_emulated_test $(EMULATED_SHAPES)
 
 .PHONY: cuda
 cuda: $(TOOLS)  ## Compile the CUDA code, without running it

@@ -1,5 +1,6 @@
 // What the links between the GPUs can do at best, for the benchmark: stores to all peers at once,
 // and the round trip of a flag. Both are exchanges like any op, so that they may stand beside them.
+#include "cuda/launch.h"
 #include "cuda/ops.h"
 #include "cuda/rows.cuh"
 #include "cuda/sync.cuh"
@@ -60,14 +61,12 @@ __global__ void FlagsKernel(MoEShape shape, Arena arena, FlagsParams p) {
 
 cudaError_t LaunchStores(const MoEShape& shape, const Arena& arena, const StoresParams& params,
                          cudaStream_t stream) {
-  StoresKernel<<<kStoreBlocks, kStoreThreads, 0, stream>>>(shape, arena, params);
-  return cudaGetLastError();
+  return Launch(StoresKernel, {kStoreBlocks, kStoreThreads}, stream, shape, arena, params);
 }
 
 cudaError_t LaunchFlags(const MoEShape& shape, const Arena& arena, const FlagsParams& params,
                         cudaStream_t stream) {
-  FlagsKernel<<<1, 32, 0, stream>>>(shape, arena, params);
-  return cudaGetLastError();
+  return Launch(FlagsKernel, {1, 32}, stream, shape, arena, params);
 }
 
 cudaError_t LoadCeilings(const MoEShape&) {

@@ -236,9 +236,8 @@ __device__ void FillNaN(const MoEShape& shape, const CombineParams& p) {
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 1)
     CombineKernel(MoEShape shape, Arena arena, CombineParams p, int senders) {
-  extern __shared__ __align__(128) std::byte shared[];
   const Team team;
-  const WarpMemory memory(shared);
+  const WarpMemory memory(ptx::dynamic_shared());
   PieceRing ring(memory);
   TermList& list = TeamMemory{memory, team.warp}.list();
   const uint32_t epoch = EnterEpoch(arena);
@@ -255,12 +254,11 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 cudaError_t LaunchCombine(const MoEShape& shape, const Arena& arena, const CombineParams& params,
                           Blocks blocks, cudaStream_t stream) {
-  VisitDType(shape.dtype, [&](auto* t) {
-    CombineKernel<std::remove_pointer_t<decltype(t)>>
-        <<<blocks.total, kThreads, WarpMemory::SharedBytes(kWarps), stream>>>(shape, arena, params,
-                                                                              blocks.senders);
+  return VisitDType(shape.dtype, [&](auto* t) {
+    return Launch(CombineKernel<std::remove_pointer_t<decltype(t)>>,
+                  {blocks.total, kThreads, WarpMemory::SharedBytes(kWarps)}, stream, shape, arena,
+                  params, blocks.senders);
   });
-  return cudaGetLastError();
 }
 
 cudaError_t LoadCombine(const MoEShape& shape) {

@@ -319,9 +319,8 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads, 1)
     DispatchKernel(MoEShape shape, Arena arena, DispatchParams p, const int32_t* topk_ids,
                    int senders) {
-  extern __shared__ __align__(128) std::byte shared[];
   const Team team;
-  const WarpMemory memory(shared);
+  const WarpMemory memory(ptx::dynamic_shared());
   RowBuffer buffer(memory);
   const uint32_t epoch = EnterEpoch(arena);
   const int block = static_cast<int>(blockIdx.x) - senders,
@@ -345,13 +344,12 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 cudaError_t LaunchDispatch(const MoEShape& shape, const Arena& arena, const DispatchParams& params,
                            const int32_t* topk_ids, Blocks blocks, cudaStream_t stream) {
+  const Grid grid{blocks.total, kThreads, WarpMemory::SharedBytes(kWarps)};
   const auto launch = [&](auto* kernel) {
-    if (topk_ids != nullptr)
-      return LaunchOverlapping(kernel, blocks.total, kThreads, WarpMemory::SharedBytes(kWarps),
-                               stream, shape, arena, params, topk_ids, blocks.senders);
-    kernel<<<blocks.total, kThreads, WarpMemory::SharedBytes(kWarps), stream>>>(
-        shape, arena, params, topk_ids, blocks.senders);
-    return cudaGetLastError();
+    return topk_ids != nullptr
+               ? LaunchOverlapping(kernel, grid, stream, shape, arena, params, topk_ids,
+                                   blocks.senders)
+               : Launch(kernel, grid, stream, shape, arena, params, topk_ids, blocks.senders);
   };
   if (params.y == nullptr) return launch(DispatchKernel<void>);
   return VisitDType(shape.dtype, [&](auto* t) {

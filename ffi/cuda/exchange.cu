@@ -71,7 +71,7 @@ __device__ void ScanHistograms(const Arena& arena, int rows) {
 __global__ void __launch_bounds__(kMaxTeams* kTeamThreads)
     ExchangeKernel(MoEShape shape, Arena arena, RouteParams params) {
   ptx::griddepcontrol_launch_dependents();
-  extern __shared__ int32_t counts_of_teams[];
+  auto* counts_of_teams = reinterpret_cast<int32_t*>(ptx::dynamic_shared());
   const Team team;
   const int size = arena.layout.histogram_size, teams = blockDim.x / kTeamThreads;
   int32_t* counts = counts_of_teams + team.index * size;
@@ -105,9 +105,7 @@ RouteLaunch LaunchOf(const MoEShape& shape, int64_t num_tokens) {
 cudaError_t LaunchExchange(const MoEShape& shape, const Arena& arena, const RouteParams& params,
                            cudaStream_t stream) {
   const RouteLaunch launch = LaunchOf(shape, params.num_tokens);
-  ExchangeKernel<<<launch.blocks, launch.teams * kTeamThreads, launch.shared_bytes, stream>>>(
-      shape, arena, params);
-  return cudaGetLastError();
+  return Launch(ExchangeKernel, launch.GridOf(launch.blocks), stream, shape, arena, params);
 }
 
 cudaError_t LoadExchange(const MoEShape& shape) {

@@ -19,21 +19,29 @@ cudaError_t AllowSharedMemory(Kernel* kernel, size_t bytes) {
                               static_cast<int>(bytes));
 }
 
+struct Grid {
+  int blocks, threads;
+  size_t shared_bytes = 0;
+};
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t Launch(void (*kernel)(Parameters...), const Grid& grid, cudaStream_t stream,
+                   Arguments... arguments) {
+  const cudaLaunchConfig_t config = {
+      dim3(grid.blocks), dim3(grid.threads), grid.shared_bytes, stream, nullptr, 0};
+  return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+}
+
 // Launches a kernel that may start while the one before it in the stream still runs, and calls
 // griddepcontrol_wait before it reads what that one writes.
 template <typename... Parameters, typename... Arguments>
-cudaError_t LaunchOverlapping(void (*kernel)(Parameters...), int blocks, int threads,
-                              size_t shared_bytes, cudaStream_t stream, Arguments... arguments) {
+cudaError_t LaunchOverlapping(void (*kernel)(Parameters...), const Grid& grid, cudaStream_t stream,
+                              Arguments... arguments) {
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = blocks;
-  config.blockDim = threads;
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
+  const cudaLaunchConfig_t config = {
+      dim3(grid.blocks), dim3(grid.threads), grid.shared_bytes, stream, &attribute, 1};
   return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
 }
 

@@ -69,8 +69,8 @@ __device__ void FillGroups(const MoEShape& shape, const Arena& arena, int parts_
 
 // The local expert that an id names, or -1.
 __device__ __forceinline__ int LocalExpert(const MoEShape& shape, int me, int id) {
-  const int local = id - me * shape.local_experts();
-  return IsExpert(shape, id) && local >= 0 && local < shape.local_experts() ? local : -1;
+  const unsigned local = shape.local_experts(), expert = static_cast<unsigned>(id) - me * local;
+  return expert < local ? static_cast<int>(expert) : -1;
 }
 
 __device__ __forceinline__ int32_t KeptRow(const MoEShape& shape, int64_t row) {
@@ -265,7 +265,7 @@ __global__ void __launch_bounds__(kMaxTeams* kTeamThreads)
     PlacementKernel(MoEShape shape, Arena arena, RouteParams params) {
   ptx::griddepcontrol_launch_dependents();
   ptx::griddepcontrol_wait();
-  extern __shared__ int32_t shared[];
+  auto* shared = reinterpret_cast<int32_t*>(ptx::dynamic_shared());
   const Team team;
   const Groups groups(shape, shared);
   const WarpCounts counts(shape, shared, team.index);
@@ -300,8 +300,8 @@ RouteLaunch LaunchOf(const MoEShape& shape, int64_t num_tokens) {
 cudaError_t LaunchPlacement(const MoEShape& shape, const Arena& arena, const RouteParams& params,
                             cudaStream_t stream) {
   const RouteLaunch launch = LaunchOf(shape, params.num_tokens);
-  return LaunchOverlapping(PlacementKernel, launch.blocks + 1, launch.teams * kTeamThreads,
-                           launch.shared_bytes, stream, shape, arena, params);
+  return LaunchOverlapping(PlacementKernel, launch.GridOf(launch.blocks + 1), stream, shape, arena,
+                           params);
 }
 
 cudaError_t LoadPlacement(const MoEShape& shape) {

@@ -1,10 +1,18 @@
 // PTX instructions by their names. Addresses are global memory of this GPU or of a peer.
+// tests/cpp/emulator has them for the CPU.
 #ifndef JAX_EP_CUDA_PTX_CUH_
 #define JAX_EP_CUDA_PTX_CUH_
 
+#include <cstddef>
 #include <cstdint>
 
 namespace jax_ep::cuda::ptx {
+
+// The shared memory that a kernel was launched with.
+__device__ __forceinline__ std::byte* dynamic_shared() {
+  extern __shared__ __align__(128) std::byte memory[];
+  return memory;
+}
 
 // Makes all writes that this thread has observed, its own and those of threads it synchronised
 // with, visible to whoever acquires `value` from `at`, on any GPU or the host.

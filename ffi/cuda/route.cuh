@@ -36,6 +36,7 @@ struct RouteLaunch {
     blocks = static_cast<int>(std::min<int64_t>(CeilDiv(parts, teams), kMaxRouteBlocks));
     shared_bytes = bytes_per_block + teams * bytes_per_team;
   }
+  Grid GridOf(int num_blocks) const { return {num_blocks, teams * kTeamThreads, shared_bytes}; }
 };
 
 __device__ __forceinline__ bool IsExpert(const MoEShape& shape, int id) {
@@ -44,10 +45,10 @@ __device__ __forceinline__ bool IsExpert(const MoEShape& shape, int id) {
 
 // Whether one of a token's experts lives on `rank`.
 __device__ __forceinline__ bool Hits(const MoEShape& shape, const int32_t* ids, int rank) {
-  const int local = shape.local_experts(), first = rank * local;
+  // Unsigned, so that an id before the first is far past the last, and none overflows.
+  const unsigned local = shape.local_experts(), first = rank * local;
   bool hit = false;
-  for (int k = 0; k < shape.topk; ++k)
-    hit |= static_cast<unsigned>(ids[k] - first) < static_cast<unsigned>(local);
+  for (int k = 0; k < shape.topk; ++k) hit |= static_cast<unsigned>(ids[k]) - first < local;
   return hit;
 }
 

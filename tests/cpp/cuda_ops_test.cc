@@ -5,6 +5,7 @@
 //   cmake -S . -B build/cuda-test -DJAX_EP_CUDA=ON
 //   cmake --build build/cuda-test --target cuda_ops_test
 //   compute-sanitizer --tool memcheck build/cuda-test/cuda_ops_test 20
+//   make emulate        # the same on the CPU, see emulator/emulator.h
 //
 // The argument is the number of shapes per number of ranks.
 #include <cuda_runtime.h>

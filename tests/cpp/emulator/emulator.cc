@@ -1,0 +1,126 @@
+#include "emulator.h"
+
+#include <sched.h>
+
+namespace emulator {
+namespace {
+
+constexpr size_t kStackBytes = 128 << 10;
+constexpr size_t kAlignment = 256;
+// What shared memory holds before anybody writes it: as floats, large numbers.
+constexpr std::byte kGarbage{0x6b};
+constexpr int kSavedRegisters = 6;
+constexpr int kRoundsPerYield = 8;
+
+std::byte* AlignUp(std::byte* at) {
+  const auto address = reinterpret_cast<uintptr_t>(at);
+  return at + (kAlignment - address % kAlignment) % kAlignment;
+}
+
+}  // namespace
+
+// Saves what the caller of a function may expect to keep, and goes on where `to` was left.
+extern "C" void jax_ep_switch_stack(void** from, void* to);
+asm(R"(
+.text
+jax_ep_switch_stack:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+)");
+
+Block*& Block::Current() {
+  static thread_local Block* current = nullptr;
+  return current;
+}
+
+Block::Block(Index index, Index grid, unsigned num_threads, size_t shared_bytes,
+             const std::function<void()>& kernel)
+    : index(index),
+      grid(grid),
+      size{num_threads},
+      kernel_(kernel),
+      fibers_(num_threads),
+      warps_((num_threads + 31) / 32),
+      stacks_(new std::byte[kStackBytes * num_threads + kAlignment]),
+      memory_(shared_bytes + kAlignment, kGarbage),
+      shared_(AlignUp(memory_.data())),
+      num_left_(num_threads) {
+  std::byte* stack = AlignUp(stacks_.get());
+  for (unsigned thread = 0; thread < num_threads; ++thread) {
+    stack += kStackBytes;
+    // As if Start had been called from nowhere: registers, where to return to, and alignment.
+    void** top = reinterpret_cast<void**>(stack - kAlignment);
+    *--top = nullptr;
+    *--top = reinterpret_cast<void*>(&Block::Start);
+    top -= kSavedRegisters;
+    std::fill_n(top, kSavedRegisters, nullptr);
+    fibers_[thread].thread = {thread};
+    fibers_[thread].stack_pointer = top;
+  }
+}
+
+void Block::Run() {
+  Current() = this;
+  jax_ep_switch_stack(&caller_, fibers_[0].stack_pointer);
+  Current() = nullptr;
+}
+
+void Block::Start() {
+  Block* block = Current();
+  block->kernel_();
+  block->fiber().is_done = true;
+  --block->num_left_;
+  block->SwitchFrom(block->current_);
+}
+
+void Block::SwitchFrom(size_t from) {
+  if (num_left_ == 0) return jax_ep_switch_stack(&fibers_[from].stack_pointer, caller_);
+  do {
+    current_ = (current_ + 1) % fibers_.size();
+    // After a few times around, other blocks may have what is waited for.
+    if (current_ == 0 && ++num_rounds_ % kRoundsPerYield == 0) sched_yield();
+  } while (fibers_[current_].is_done);
+  if (current_ != from)
+    jax_ep_switch_stack(&fibers_[from].stack_pointer, fibers_[current_].stack_pointer);
+}
+
+const uint64_t* Block::Exchange(uint64_t value) {
+  Fiber& mine = fiber();
+  Warp& warp = warps_[mine.thread.x / 32];
+  const int turn = static_cast<int>(mine.num_exchanges % 2);
+  const uint64_t all_shown = 32 * (mine.num_exchanges / 2 + 1);
+  ++mine.num_exchanges;
+  warp.values[turn][mine.thread.x % 32] = value;
+  ++warp.num_shown[turn];
+  while (warp.num_shown[turn] < all_shown) Yield();
+  return warp.values[turn];
+}
+
+bool Block::Meet(int id, int num_threads, bool value) {
+  NamedBarrier& barrier = barriers_[id];
+  const uint64_t generation = barrier.generation;
+  barrier.all &= value;
+  if (++barrier.num_come == num_threads) {
+    barrier.last_all = barrier.all;
+    barrier.all = true;
+    barrier.num_come = 0;
+    ++barrier.generation;
+  }
+  while (barrier.generation == generation) Yield();
+  return barrier.last_all;
+}
+
+}  // namespace emulator
