@@ -2,6 +2,9 @@
 
 #include <sched.h>
 
+#include <cstdio>
+#include <cstdlib>
+
 namespace emulator {
 namespace {
 
@@ -40,6 +43,18 @@ jax_ep_switch_stack:
   popq %rbp
   ret
 )");
+
+void AsyncCopies::Finish(size_t pending) {
+  for (; groups_.size() > pending; groups_.pop_front())
+    for (const Copy& copy : groups_.front())
+      std::copy_n(copy.read.empty() ? copy.from : copy.read.data(), copy.bytes, copy.to);
+}
+
+void AsyncCopies::Read() {
+  for (std::vector<Copy>& group : groups_)
+    for (Copy& copy : group)
+      if (copy.read.empty()) copy.read.assign(copy.from, copy.from + copy.bytes);
+}
 
 Block*& Block::Current() {
   static thread_local Block* current = nullptr;
@@ -81,6 +96,10 @@ void Block::Run() {
 void Block::Start() {
   Block* block = Current();
   block->kernel_();
+  if (!block->fiber().bulk_stores.IsIdle()) {
+    std::fputs("FAILED: a thread ended before its bulk stores\n", stderr);
+    std::abort();
+  }
   block->fiber().is_done = true;
   --block->num_left_;
   block->SwitchFrom(block->current_);

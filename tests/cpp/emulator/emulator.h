@@ -1,6 +1,7 @@
 // Runs CUDA kernels on the CPU, so that their logic can be tested where there is no GPU: what they
-// compute, in what order they wait, and that they stay inside their buffers. It shows nothing of
-// the GPU's memory model, of copies that are still under way, or of speed.
+// compute, in what order they wait, and that they stay inside their buffers. Asynchronous copies
+// read and write as late as they may, so that who does not wait for them gets something else. It
+// shows nothing of the GPU's memory model or of speed.
 //
 // A block is a thread, and its CUDA threads are fibers that take turns there: a fiber gives up its
 // turn only where it waits for others. So `__shared__` is a static variable of the thread.
@@ -11,8 +12,10 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #ifndef __x86_64__
@@ -32,11 +35,36 @@ struct Index {
   unsigned x;
 };
 
+// Copies of one CUDA thread that are under way, in groups.
+class AsyncCopies {
+ public:
+  void Add(void* to, const void* from, size_t bytes) {
+    open_.push_back({static_cast<std::byte*>(to), static_cast<const std::byte*>(from), bytes, {}});
+  }
+  void Commit() { groups_.push_back(std::move(open_)), open_.clear(); }
+  // Does all but the last `pending` groups.
+  void Finish(size_t pending);
+  // Reads what is to be written, and leaves writing for later.
+  void Read();
+  bool IsIdle() const { return groups_.empty() && open_.empty(); }
+
+ private:
+  struct Copy {
+    std::byte* to;
+    const std::byte* from;
+    size_t bytes;
+    std::vector<std::byte> read;
+  };
+  std::vector<Copy> open_;
+  std::deque<std::vector<Copy>> groups_;
+};
+
 struct Fiber {
   Index thread;
   void* stack_pointer;
   uint64_t num_exchanges = 0;
   bool is_done = false;
+  AsyncCopies loads, bulk_stores;
 };
 
 // Values that the lanes of a warp show each other, in two turns: nobody can be two ahead.

@@ -1,5 +1,4 @@
-// The instructions of ffi/cuda/ptx.cuh, for emulator.h. Copies are done at once, and kernels of a
-// stream never overlap.
+// The instructions of ffi/cuda/ptx.cuh, for emulator.h. Kernels of a stream never overlap.
 #ifndef JAX_EP_CUDA_PTX_CUH_
 #define JAX_EP_CUDA_PTX_CUH_
 
@@ -38,31 +37,55 @@ inline void barrier_sync(int id, int threads) {
 inline void griddepcontrol_launch_dependents() {}
 inline void griddepcontrol_wait() {}
 
-inline void CopyAligned(void* to, const void* from, uint32_t bytes) {
+inline void ExpectAligned(const void* to, const void* from, uint32_t bytes) {
   const auto all = reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | bytes;
   if (all % 16 != 0) std::abort();
-  std::memcpy(to, from, bytes);
 }
-inline void cp_async_cg(void* shared, const void* global) { CopyAligned(shared, global, 16); }
-inline void cp_async_commit_group() {}
-template <int kPending>
-void cp_async_wait_group() {}
+inline emulator::Fiber& ThisThread() { return emulator::Block::Current()->fiber(); }
 
-inline void mbarrier_init(uint64_t*) {}
+inline void cp_async_cg(void* shared, const void* global) {
+  ExpectAligned(shared, global, 16);
+  ThisThread().loads.Add(shared, global, 16);
+}
+inline void cp_async_commit_group() { ThisThread().loads.Commit(); }
+template <int kPending>
+void cp_async_wait_group() {
+  ThisThread().loads.Finish(kPending);
+}
+
+// A barrier holds the load that it waits for.
+struct BulkLoad {
+  void* to;
+  const void* from;
+  uint32_t bytes;
+};
+inline void mbarrier_init(uint64_t* barrier) { *barrier = 0; }
 inline void fence_mbarrier_init() {}
 inline void mbarrier_arrive_expect_tx(uint64_t*, uint32_t) {}
-// The lane that copies may not have come yet.
-inline void mbarrier_wait_parity(uint64_t*, uint32_t) { __syncwarp(); }
-inline void cp_async_bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t*) {
-  CopyAligned(shared, global, bytes);
+inline void cp_async_bulk_load(void* shared, const void* global, uint32_t bytes,
+                               uint64_t* barrier) {
+  ExpectAligned(shared, global, bytes);
+  if (*barrier != 0) std::abort();
+  *barrier = reinterpret_cast<uint64_t>(new BulkLoad{shared, global, bytes});
+}
+inline void mbarrier_wait_parity(uint64_t* barrier, uint32_t) {
+  __syncwarp();  // the lane that loads may not have come yet
+  if (*barrier == 0) return;
+  const auto* load = reinterpret_cast<const BulkLoad*>(*barrier);
+  std::memcpy(load->to, load->from, load->bytes);
+  delete load;
+  *barrier = 0;
 }
 inline void cp_async_bulk_store(void* global, const void* shared, uint32_t bytes) {
-  CopyAligned(global, shared, bytes);
+  ExpectAligned(global, shared, bytes);
+  ThisThread().bulk_stores.Add(global, shared, bytes);
 }
-inline void cp_async_bulk_commit_group() {}
+inline void cp_async_bulk_commit_group() { ThisThread().bulk_stores.Commit(); }
 template <int kPending>
-void cp_async_bulk_wait_group() {}
-inline void cp_async_bulk_wait_group_read() {}
+void cp_async_bulk_wait_group() {
+  ThisThread().bulk_stores.Finish(kPending);
+}
+inline void cp_async_bulk_wait_group_read() { ThisThread().bulk_stores.Read(); }
 inline void fence_proxy_async() {}
 
 inline int4 ld_nc_no_allocate(const int4* at) { return *at; }
