@@ -1,47 +1,51 @@
 #include "cuda_runtime.h"
 
 #include <condition_variable>
-#include <deque>
 #include <mutex>
 #include <thread>
-#include <utility>
 
 namespace emulator {
 
-// Runs kernels one after the other on a thread of its own, for as long as the process lives.
+// Starts kernels in their order, one when the last is over or has let it start.
 class Stream {
  public:
-  explicit Stream(int device) : device(device) {
-    std::thread([this] { RunKernels(); }).detach();
-  }
-  void Add(std::function<void()> kernel) {
+  explicit Stream(int device) : device(device) {}
+  void Add(std::shared_ptr<Kernel> kernel) {
     std::lock_guard<std::mutex> lock(mutex_);
-    kernels_.push_back(std::move(kernel));
-    changed_.notify_all();
+    kernel->before = last_;
+    last_ = kernel;
+    ++num_running_;
+    std::thread([this, kernel] { Run(kernel); }).detach();
   }
   void Wait() {
     std::unique_lock<std::mutex> lock(mutex_);
-    changed_.wait(lock, [this] { return kernels_.empty(); });
+    changed_.wait(lock, [this] { return num_running_ == 0; });
   }
   const int device;
 
  private:
-  void RunKernels() {
-    std::unique_lock<std::mutex> lock(mutex_);
-    for (;;) {
-      changed_.wait(lock, [this] { return !kernels_.empty(); });
-      const std::function<void()> kernel = kernels_.front();
-      lock.unlock();
-      kernel();
-      lock.lock();
-      kernels_.pop_front();
-      changed_.notify_all();
-    }
+  static bool MayStart(const Kernel& kernel) {
+    const Kernel* before = kernel.before.get();
+    return before == nullptr || before->is_done ||
+           (kernel.may_overlap && before->num_blocks_that_let_next_start == before->num_blocks);
+  }
+  void Run(const std::shared_ptr<Kernel>& kernel) {
+    while (!MayStart(*kernel)) std::this_thread::yield();
+    std::vector<std::thread> blocks;
+    for (unsigned block = 0; block < kernel->num_blocks; ++block)
+      blocks.emplace_back([&, block] { Block(*kernel, {block}).Run(); });
+    for (std::thread& block : blocks) block.join();
+    kernel->is_done = true;
+    kernel->before.reset();
+    std::lock_guard<std::mutex> lock(mutex_);
+    --num_running_;
+    changed_.notify_all();
   }
 
   std::mutex mutex_;
   std::condition_variable changed_;
-  std::deque<std::function<void()>> kernels_;
+  std::shared_ptr<Kernel> last_;
+  int num_running_ = 0;
 };
 
 namespace {
@@ -53,16 +57,7 @@ Stream* NewStream() {
   return all_streams.back();
 }
 
-void Launch(Stream* stream, unsigned blocks, unsigned threads, size_t shared_bytes,
-            std::function<void()> kernel) {
-  stream->Add([=, kernel = std::move(kernel)] {
-    std::vector<std::thread> running;
-    for (unsigned block = 0; block < blocks; ++block)
-      running.emplace_back(
-          [&, block] { Block({block}, {blocks}, threads, shared_bytes, kernel).Run(); });
-    for (std::thread& thread : running) thread.join();
-  });
-}
+void Launch(Stream* stream, std::shared_ptr<Kernel> kernel) { stream->Add(std::move(kernel)); }
 
 void Synchronize() {
   for (Stream* stream : all_streams)

@@ -41,8 +41,7 @@ constexpr int kNumSms = 3;
 
 class Stream;
 Stream* NewStream();
-void Launch(Stream* stream, unsigned blocks, unsigned threads, size_t shared_bytes,
-            std::function<void()> kernel);
+void Launch(Stream* stream, std::shared_ptr<Kernel> kernel);
 // Waits for the streams of this thread's device.
 void Synchronize();
 int& CurrentDevice();
@@ -62,8 +61,13 @@ struct cudaLaunchConfig_t {
 template <typename... Parameters>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Parameters... arguments) {
-  emulator::Launch(config->stream, config->grid_size.x, config->block_size.x,
-                   config->dynamicSmemBytes, [=] { kernel(arguments...); });
+  const auto launched = std::make_shared<emulator::Kernel>();
+  launched->num_blocks = config->grid_size.x;
+  launched->num_threads = config->block_size.x;
+  launched->shared_bytes = config->dynamicSmemBytes;
+  launched->body = [=] { kernel(arguments...); };
+  launched->may_overlap = config->numAttrs > 0;
+  emulator::Launch(config->stream, launched);
   return cudaSuccess;
 }
 

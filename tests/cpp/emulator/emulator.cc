@@ -61,20 +61,19 @@ Block*& Block::Current() {
   return current;
 }
 
-Block::Block(Index index, Index grid, unsigned num_threads, size_t shared_bytes,
-             const std::function<void()>& kernel)
+Block::Block(Kernel& kernel, Index index)
     : index(index),
-      grid(grid),
-      size{num_threads},
+      grid{kernel.num_blocks},
+      size{kernel.num_threads},
       kernel_(kernel),
-      fibers_(num_threads),
-      warps_((num_threads + 31) / 32),
-      stacks_(new std::byte[kStackBytes * num_threads + kAlignment]),
-      memory_(shared_bytes + kAlignment, kGarbage),
+      fibers_(kernel.num_threads),
+      warps_((kernel.num_threads + 31) / 32),
+      stacks_(new std::byte[kStackBytes * kernel.num_threads + kAlignment]),
+      memory_(kernel.shared_bytes + kAlignment, kGarbage),
       shared_(AlignUp(memory_.data())),
-      num_left_(num_threads) {
+      num_left_(kernel.num_threads) {
   std::byte* stack = AlignUp(stacks_.get());
-  for (unsigned thread = 0; thread < num_threads; ++thread) {
+  for (unsigned thread = 0; thread < size.x; ++thread) {
     stack += kStackBytes;
     // As if Start had been called from nowhere: registers, where to return to, and alignment.
     void** top = reinterpret_cast<void**>(stack - kAlignment);
@@ -91,11 +90,21 @@ void Block::Run() {
   Current() = this;
   jax_ep_switch_stack(&caller_, fibers_[0].stack_pointer);
   Current() = nullptr;
+  LetNextStart();
+}
+
+void Block::LetNextStart() {
+  if (!let_next_start_) ++kernel_.num_blocks_that_let_next_start;
+  let_next_start_ = true;
+}
+
+void Block::WaitForKernelBefore() {
+  while (kernel_.before != nullptr && !kernel_.before->is_done) Yield();
 }
 
 void Block::Start() {
   Block* block = Current();
-  block->kernel_();
+  block->kernel_.body();
   if (!block->fiber().bulk_stores.IsIdle()) {
     std::fputs("FAILED: a thread ended before its bulk stores\n", stderr);
     std::abort();

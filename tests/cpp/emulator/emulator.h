@@ -9,6 +9,7 @@
 #define JAX_EP_TESTS_EMULATOR_H_
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -79,10 +80,20 @@ struct NamedBarrier {
   bool all = true, last_all = true;
 };
 
+// A kernel in its stream.
+struct Kernel {
+  unsigned num_blocks, num_threads;
+  size_t shared_bytes;
+  std::function<void()> body;
+  bool may_overlap;                // the kernel before it
+  std::shared_ptr<Kernel> before;  // null if nothing before it is running
+  std::atomic<unsigned> num_blocks_that_let_next_start{0};
+  std::atomic<bool> is_done{false};
+};
+
 class Block {
  public:
-  Block(Index index, Index grid, unsigned num_threads, size_t shared_bytes,
-        const std::function<void()>& kernel);
+  Block(Kernel& kernel, Index index);
   // Returns when all its threads have.
   void Run();
 
@@ -96,13 +107,17 @@ class Block {
 
   Fiber& fiber() { return fibers_[current_]; }
   std::byte* shared() { return shared_; }
+  // What a kernel may do about the next and the last one, see Kernel.
+  void LetNextStart();
+  void WaitForKernelBefore();
   const Index index, grid, size;
 
  private:
   void SwitchFrom(size_t from);
   static void Start();
 
-  const std::function<void()>& kernel_;
+  Kernel& kernel_;
+  bool let_next_start_ = false;
   std::vector<Fiber> fibers_;
   std::vector<Warp> warps_;
   NamedBarrier barriers_[16];

@@ -1,4 +1,4 @@
-// The instructions of ffi/cuda/ptx.cuh, for emulator.h. Kernels of a stream never overlap.
+// The instructions of ffi/cuda/ptx.cuh, for emulator.h.
 #ifndef JAX_EP_CUDA_PTX_CUH_
 #define JAX_EP_CUDA_PTX_CUH_
 
@@ -34,8 +34,8 @@ inline void barrier_sync(int id, int threads) {
   emulator::Block::Current()->Meet(id, threads, true);
 }
 
-inline void griddepcontrol_launch_dependents() {}
-inline void griddepcontrol_wait() {}
+inline void griddepcontrol_launch_dependents() { emulator::Block::Current()->LetNextStart(); }
+inline void griddepcontrol_wait() { emulator::Block::Current()->WaitForKernelBefore(); }
 
 inline void ExpectAligned(const void* to, const void* from, uint32_t bytes) {
   const auto all = reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | bytes;
