@@ -13,8 +13,7 @@ constexpr int kStoreBlocks = 64, kStoreThreads = 1024;
 __global__ void __launch_bounds__(kStoreThreads)
     StoresKernel(MoEShape shape, Arena arena, StoresParams p) {
   const uint32_t epoch = EnterEpoch(arena);
-  const int peers = shape.num_ranks - 1, lane = threadIdx.x % 32,
-            vectors = static_cast<int>(shape.row_bytes() / 16);
+  const int peers = shape.num_ranks - 1, lane = threadIdx.x % 32, vectors = NumVectors(shape);
   const int64_t warps = int64_t{gridDim.x} * (kStoreThreads / 32);
   const int64_t rows = p.repeats * p.num_tokens * peers;
   for (int64_t i = blockIdx.x * int64_t{kStoreThreads / 32} + threadIdx.x / 32; i < rows;

@@ -17,10 +17,6 @@ constexpr int kWarps = kThreads / 32;
 // Tokens that a team adds up at a time at their source: few, for the last ones are pure latency.
 constexpr int kTokensPerTask = 2;
 
-__device__ int NumVectors(const MoEShape& shape) {
-  return static_cast<int>(shape.row_bytes() / 16);
-}
-
 // The rows of y that one token of `source` has here; lane k of the warp holds the k-th.
 struct TokenRows {
   int row;
@@ -156,9 +152,9 @@ __device__ void Send(const MoEShape& shape, const Arena& arena, const Team& team
 
 // Lists what a token is added up from, in the order of the ranks: lane i of the warp holds the i-th
 // of those that the token went to. There is at most one term for each of its k.
-__device__ Term* ListRanks(const MoEShape& shape, const Arena& arena, const Team& team,
-                           const CombineParams& p, uint32_t epoch, int64_t token, int rank,
-                           const TokenRows& own, bool in_range, TermList& list) {
+__device__ void ListRanks(const MoEShape& shape, const Arena& arena, const Team& team,
+                          const CombineParams& p, uint32_t epoch, int64_t token, int rank,
+                          const TokenRows& own, bool in_range, TermList& list) {
   const int lane = threadIdx.x % 32, own_count = in_range ? __popc(own.lanes) : 0;
   const int before = __popc(__ballot_sync(kAllLanes, rank >= 0 && rank < arena.rank)),
             after = __popc(__ballot_sync(kAllLanes, rank > arena.rank)),
@@ -168,7 +164,6 @@ __device__ Term* ListRanks(const MoEShape& shape, const Arena& arena, const Team
   if (rank >= 0 && rank != arena.rank)
     terms[lane < before ? lane : lane - has_own + own_count] = {
         arena.Row(epoch, arena.rank, rank, token), 1.0f, kOtherRank};
-  return terms;
 }
 
 __device__ void ReceiveScalars(const MoEShape& shape, const Arena& arena, const CombineParams& p,
@@ -214,7 +209,6 @@ __device__ void Receive(const MoEShape& shape, const Arena& arena, const Team& t
         arrived &=
             Wait(arena, arena.ChunkFlag(arena.rank, peer, chunk), epoch, peer, Phase::kCombine);
     arrived = tasks.Advance(arrived);
-    ptx::fence_proxy_async();  // what arrived is read by bulk copies
     int4* out = static_cast<int4*>(p.out) + first * vectors;
     if (arrived) {
       AddUp<T, false>(list, team, vectors, ring, [&](int i) { return out + int64_t{i} * vectors; });

@@ -16,10 +16,6 @@ namespace {
 constexpr int kThreads = 2 * kTeamThreads;
 constexpr int kWarps = kThreads / 32;
 
-__device__ int NumVectors(const MoEShape& shape) {
-  return static_cast<int>(shape.row_bytes() / 16);
-}
-
 // What is in row_scalars beside each row: its weights, or one dot product.
 __device__ int ScalarsPerRow(const MoEShape& shape, const DispatchParams& p) {
   return p.y != nullptr ? 1 : shape.weights_per_row();
@@ -88,9 +84,9 @@ __device__ void Send(const MoEShape& shape, const Arena& arena, const Team& team
 
 // Stores the weights that came with a token beside its rows.
 __device__ void PlaceWeights(const MoEShape& shape, const DispatchParams& p, const float* weights,
-                             int row, unsigned lanes) {
+                             int row) {
   const int lane = threadIdx.x % 32;
-  if (p.weights == nullptr || lanes == 0) return;
+  if (p.weights == nullptr) return;
   if (shape.layout == OutputLayout::kRankMajor) {
     const int64_t only_row = __shfl_sync(kAllLanes, row, 0);
     if (lane < shape.topk) p.row_scalars[only_row * shape.topk + lane] = weights[lane];
@@ -147,7 +143,7 @@ class Expander {
     if (!arrived) return PoisonRows(shape, p, row, lanes);
     buffer_.Copy(row >= 0 ? static_cast<int4*>(p.tokens) + int64_t{row} * vectors : nullptr,
                  from.row, vectors);
-    PlaceWeights(shape, p, from.weights, row, lanes);
+    PlaceWeights(shape, p, from.weights, row);
   }
 
  private:

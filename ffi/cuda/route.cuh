@@ -71,7 +71,7 @@ struct Part {
   }
 };
 
-// HistogramColumns of a histogram.
+// Columns of a histogram.
 struct HistogramColumns {
   int experts, ranks, bad_ids;
 

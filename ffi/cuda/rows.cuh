@@ -17,6 +17,10 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 // Vectors in flight per lane.
 constexpr int kUnroll = 4;
 
+__device__ inline int NumVectors(const MoEShape& shape) {
+  return static_cast<int>(shape.row_bytes() / 16);
+}
+
 template <typename T>
 using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
