@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,9 +71,11 @@ def many_branches(mesh, num_branches: int, move):
     """A program of independent branches, every other one a native collective, the rest `move(branch, h, ids, weights)`
     to the experts and back; and its gradients."""
     tokens = P(mesh.axis_names)
+    # By default GPUs round float32 to TF32, and how it shows depends on the kernel chosen for each program.
+    matmul = functools.partial(jnp.matmul, precision="highest")
 
     def branch(i, x, matrix, topk_ids, weights):
-        h = jnp.tanh(x @ matrix)
+        h = jnp.tanh(matmul(x, matrix))
         match i % 4:
             case 1:
                 h = lax.pcast(lax.psum(h, "ep"), "ep", to="varying")
@@ -79,7 +83,7 @@ def many_branches(mesh, num_branches: int, move):
                 h = lax.all_to_all(h, "ep", split_axis=0, concat_axis=0, tiled=True)
             case _:
                 h = move(i, h, topk_ids, weights)
-        return h @ matrix.T
+        return matmul(h, matrix.T)
 
     @jax.shard_map(mesh=mesh, in_specs=(tokens, P(), P(None, mesh.axis_names), tokens), out_specs=tokens)
     def program(x, matrices, topk_ids, weights):

@@ -120,7 +120,7 @@ __device__ inline uint32_t EnterEpoch(const Arena& arena) {
 // True in the last block of the grid to come, which then sees what all others wrote. `counter`
 // starts at 0, and is set back to it.
 __device__ inline bool IsLastBlock(uint32_t* counter) {
-  __shared__ bool is_last;
+  bool is_last = false;
   __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence();
@@ -128,8 +128,7 @@ __device__ inline bool IsLastBlock(uint32_t* counter) {
     __threadfence();
     if (is_last) *counter = 0;
   }
-  __syncthreads();
-  return is_last;
+  return __syncthreads_or(is_last);
 }
 
 // Ends an exchange; to be called by all threads of all blocks. The last block to come waits until

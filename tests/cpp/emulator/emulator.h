@@ -166,6 +166,9 @@ using std::min;
 
 inline void __syncwarp() { emulator::Block::Current()->Exchange(0); }
 inline void __syncthreads() { emulator::Block::Current()->Meet(0, blockDim.x, true); }
+inline bool __syncthreads_or(bool value) {
+  return !emulator::Block::Current()->Meet(0, blockDim.x, !value);
+}
 template <typename T>
 T __shfl_sync(unsigned, T value, int lane) {
   return emulator::FromLane(value, lane);
