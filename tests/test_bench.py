@@ -293,7 +293,7 @@ def test_command(tmp_path):
     results = json.loads(file.read_text())
     assert [summary["row"]["error"] for summary in results["rows"]] == [None] * 7
     assert [bool(summary["best_stock"]) for summary in results["rows"]].count(True) == 4
-    assert [comparison["error"] for comparison in results["comparisons"]] == [None] * 8
+    assert [comparison["error"] for comparison in results["comparisons"]] == [None] * 11
     assert {baseline["op"] for baseline in results["baselines"].values() if baseline["times"]} == {
         "forward",
         "dispatch",

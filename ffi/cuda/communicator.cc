@@ -10,7 +10,7 @@ namespace {
 // The best of those tried on 2 and 4 H200, with 8 to 132 blocks (docs/performance.md).
 // With two ranks a row that is loaded is stored once, with more ranks several times.
 Senders DispatchSenders(int num_ranks) { return {num_ranks == 2 ? 32 : 12, 0.35}; }
-Senders CombineSenders() { return {56, 0.63}; }
+Senders CombineSenders(int num_ranks) { return {num_ranks == 2 ? 36 : 56, 0.63}; }
 
 // The CUDA device of a scope; handlers run on threads whose device XLA has chosen.
 class ScopedDevice {
@@ -224,9 +224,10 @@ std::string Communicator::Combine(int32_t ordinal, const CombineParams& params,
                                   cudaStream_t stream) {
   ScopedDevice scope(ordinal);
   const Device& device = devices_.at(ordinal);
-  return Failed("combine",
-                LaunchCombine(spec_.shape, ArenaOf(device), params,
-                              BlocksOf(device, spec_.combine_blocks, CombineSenders()), stream));
+  return Failed("combine", LaunchCombine(spec_.shape, ArenaOf(device), params,
+                                         BlocksOf(device, spec_.combine_blocks,
+                                                  CombineSenders(spec_.shape.num_ranks)),
+                                         stream));
 }
 
 std::string Communicator::Stores(int32_t ordinal, const StoresParams& params, cudaStream_t stream) {

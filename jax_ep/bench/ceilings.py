@@ -12,11 +12,11 @@ import numpy as np
 from jax_ep import _ffi
 from jax_ep.bench.problem import Problem
 from jax_ep.bench.results import Ceilings, first_line
-from jax_ep.bench.timing import compile_chain, measure, seconds
+from jax_ep.bench.timing import OUR_CALLS, compile_chain, measure, seconds
 
 _REPEATS = 7
 _COPY_BYTES = {"gpu": 512 << 20, "cpu": 32 << 20}
-_STORED_BYTES = 256 << 20, 2 << 30
+_STORED_BYTES = 1 << 30
 _FLAG_ROUNDS = 200, 2000
 
 
@@ -44,26 +44,27 @@ def _copy_rate(problem: Problem) -> float:
     rows = _COPY_BYTES.get(platform, _COPY_BYTES["cpu"]) // problem.row_bytes
     source = problem.random((problem.num_ranks * rows, problem.workload.hidden_size), seed=3)
     times = measure(lambda source: -source, problem.mesh, source)
-    return 2 * rows * problem.row_bytes / times.median
+    return 2 * rows * problem.row_bytes / min(times.samples)
 
 
 def _store_rate(problem: Problem) -> float | None:
-    """Bytes per second that leave each GPU while all store to all others."""
+    """Bytes per second that leave each GPU while all store to all others.
+
+    In a steady state, like the ops: a GPU that was idle a moment ago stores more slowly.
+    """
     if problem.num_ranks == 1:
         return None
     each = problem.workload.num_tokens * (problem.num_ranks - 1) * problem.row_bytes
-    few, many = (max(1, size // each) for size in _STORED_BYTES)
-    many = max(many, few + 1)
+    repeats = max(1, _STORED_BYTES // each)
     comm_id = np.int64(problem.comm._spec.communicator_id)
 
-    def stores(repeats: int) -> Callable:
-        def fn(x):
-            result = _ffi._result((1,), jnp.int32, x)
-            return jax.ffi.ffi_call("jax_ep_ceiling_stores", result)(x, comm=comm_id, repeats=np.int64(repeats))
+    def stores(x):
+        result = _ffi._result((1,), jnp.int32, x)
+        return jax.ffi.ffi_call("jax_ep_ceiling_stores", result)(x, comm=comm_id, repeats=np.int64(repeats))
 
-        return fn
-
-    return each / _slope(problem, stores, problem.x, few, many)
+    times = measure(stores, problem.mesh, problem.x, marker=OUR_CALLS, calls_each=1)
+    problem.comm.check()
+    return repeats * each / min(times.samples)
 
 
 def _flag_round_trip(problem: Problem) -> float | None:
