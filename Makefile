@@ -31,11 +31,15 @@ TOOLS := $(VENV)/.tools
 .PHONY: help
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "Variables: PYTHON=$(PYTHON) JAX_EP_CUDA=$(JAX_EP_CUDA) DEMO_ARGS= PYTEST_ARGS= BENCH_ARGS="
+	@echo "Variables: PYTHON=$(PYTHON) JAX_EP_CUDA=$(JAX_EP_CUDA) DEMO_ARGS= DECODE_ARGS= PYTEST_ARGS= BENCH_ARGS="
 
 .PHONY: demo
 demo: $(EXAMPLES)  ## Set up .venv and train a small MoE language model
 	$(BIN)/python examples/train_moe_lm.py $(DEMO_ARGS)
+
+.PHONY: decode
+decode: $(EXAMPLES)  ## Set up .venv and write text with that model, in low-latency mode
+	$(BIN)/python examples/decode.py $(DECODE_ARGS)
 
 .PHONY: test
 test: $(TEST)  ## Set up .venv and run the tests

@@ -139,10 +139,10 @@ class Attention(nnx.Module):
         return self.out(y.reshape(batch, length, hidden))
 
 
-def rotate(x: jax.Array) -> jax.Array:
-    """Rotary position embedding (Su et al., 2021) of `x` [batch, length, heads, HEAD_SIZE]."""
+def rotate(x: jax.Array, start: int | jax.Array = 0) -> jax.Array:
+    """Rotary position embedding (Su et al., 2021) of `x` [batch, length, heads, HEAD_SIZE], from position `start`."""
     half = HEAD_SIZE // 2
-    angles = jnp.arange(x.shape[1])[:, None, None] / 1e4 ** (jnp.arange(half) / half)
+    angles = (start + jnp.arange(x.shape[1]))[:, None, None] / 1e4 ** (jnp.arange(half) / half)
     cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
     left, right = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([left * cos - right * sin, left * sin + right * cos], axis=-1)
@@ -376,8 +376,12 @@ def continuation(trainer: Trainer, state, text: Text, args: argparse.Namespace) 
     prompts = np.zeros((trainer.comm.num_ranks, args.seq_len), np.int32)
     prompts[:, : len(PROMPT)] = np.frombuffer(PROMPT, np.uint8)
     samples = jax.device_get(trainer.sample(state, text.put(prompts), jax.random.key(args.seed)))
-    # Hardly trained, it may write what a terminal obeys.
-    return "".join(chr(byte) if chr(byte).isprintable() or byte == ord("\n") else "·" for byte in samples[0])
+    return printable(samples[0])
+
+
+def printable(text: np.ndarray) -> str:
+    """Hardly trained, a model may write what a terminal obeys."""
+    return "".join(chr(byte) if chr(byte).isprintable() or byte == ord("\n") else "·" for byte in text)
 
 
 # ---- The command ----

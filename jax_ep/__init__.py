@@ -1,5 +1,6 @@
 """Expert-parallel MoE communication for JAX: dispatch tokens to their experts, combine what they return."""
 
+from jax_ep._quant import dequantize
 from jax_ep._version import __version__
 from jax_ep.communicator import MoECommunicator, MoECommunicatorConfig
 from jax_ep.types import (
@@ -11,6 +12,8 @@ from jax_ep.types import (
     ExpertIdError,
     MoEMode,
     PeerTimeoutError,
+    QuantConfig,
+    QuantOutput,
 )
 
 __all__ = [
@@ -25,4 +28,7 @@ __all__ = [
     "MoECommunicatorConfig",
     "MoEMode",
     "PeerTimeoutError",
+    "QuantConfig",
+    "QuantOutput",
+    "dequantize",
 ]

@@ -30,6 +30,16 @@ def expect_array(argument: str, value, shape: tuple[int | str, ...], dtype) -> N
         raise TypeError(f"{argument}: expected dtype {jnp.dtype(dtype).name}, got {value.dtype}")
 
 
+def expect_dtype(argument: str, value, allowed) -> jnp.dtype:
+    """`value` as a dtype, whose name must be among `allowed`."""
+    try:
+        dtype = jnp.dtype(value)
+    except TypeError:
+        raise TypeError(f"{argument}: expected a dtype, one of {sorted(allowed)}, got {value!r}") from None
+    expect(dtype.name in allowed, argument, f"one of {sorted(allowed)}", dtype.name)
+    return dtype
+
+
 def expect_inside_shard_map(mesh: jax.sharding.Mesh, axis_name: str, op: str) -> None:
     """The traced code must run per device of the communicator's own mesh."""
     current = jax.sharding.get_abstract_mesh()

@@ -5,62 +5,84 @@ from __future__ import annotations
 import functools
 
 import jax
+import jax.numpy as jnp
 
-from jax_ep import _ffi, _reference
+from jax_ep import _ffi, _quant, _reference
+from jax_ep.types import QuantConfig
 
 
-def dispatch(spec, x, weights, topk_ids):
+def dispatch(spec, x, weights, topk_ids, quant: QuantConfig | None, fill: bool):
     """Routes by `topk_ids` int32 [T, K], and moves `x` [T, H] and `weights` float32 [T, K] or None.
 
     Returns what the ranks agreed on, all integers: (routing, num_tokens_per_expert [L], offsets [G + 1],
     num_dropped [], recv_topk_ids [C, K] or None); and what `dispatch_cached` along that routing returns.
     """
     if spec.is_reference:
-        return _reference.dispatch(spec, x, weights, topk_ids)
-    return _dispatch(spec, x, weights, topk_ids)
+        routed = _reference.route(spec, topk_ids)
+        received = _reference.dispatch_cached(spec, x, weights, routed[0], quant)
+    else:
+        routed, received = _move(spec, True, fill, x, weights, topk_ids, quant)
+    return routed, _guarded(*received)
 
 
-def dispatch_cached(spec, x, weights, routing):
+def dispatch_cached(spec, x, weights, routing, quant: QuantConfig | None, fill: bool):
     """Moves `x` [T, H], and `weights` float32 [T, K] or None, along `routing`.
 
-    Returns rows [C, H] and the weights beside them: [C] for FLAT, [C, K] for RANK_MAJOR, None without weights.
+    Returns rows [C, H]; the weights beside them, [C], or [C, K] for RANK_MAJOR, None without weights; and with `quant`
+    their scales [C, H / block], and the array [C, H] that the gradient of x returns by, None if x came quantised.
+    Slots of EXPERT_MAJOR without a token are zero with `fill`, or if x or weights is differentiated.
     """
     if spec.is_reference:
-        return _reference.dispatch_cached(spec, x, weights, routing)
-    return _dispatch_cached(spec, x, weights, routing)
+        received = _reference.dispatch_cached(spec, x, weights, routing, quant)
+    else:
+        _, received = _move(spec, False, fill, x, weights, routing, quant)
+    return _guarded(*received)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _dispatch(spec, x, weights, topk_ids):
-    return _ffi.dispatch(spec, x, weights, topk_ids)
+def _guarded(tokens, row_weights, scales, straight_through):
+    if scales is not None:
+        tokens, scales = _quant.guard(tokens, scales, straight_through)
+    return tokens, row_weights, scales, straight_through
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _dispatch_cached(spec, x, weights, routing):
-    return _ffi.dispatch_cached(spec, x, weights, routing)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _move(spec, is_fresh: bool, fill: bool, x, weights, by, quant: QuantConfig | None):
+    """Moves `x` along the routing of topk_ids `by` or, not `is_fresh`, along tables `by`."""
+    return _moved(spec, is_fresh, fill, x, weights, by, quant)
 
 
-def _forward(spec, x, weights, topk_ids):
-    routed, received = _ffi.dispatch(spec, x, weights, topk_ids)
-    return (routed, received), (routed[0], x.shape[0])
+def _moved(spec, is_fresh, fill, x, weights, by, quant):
+    if is_fresh:
+        routed, received = _ffi.dispatch(spec, x, weights, by, quant, fill=fill)
+    else:
+        routed, received = None, _ffi.dispatch_cached(spec, x, weights, by, quant, fill=fill)
+    straight_through = _no_rows(spec, x) if quant is not None and quant.scales is None else None
+    return routed, (*received, straight_through)
 
 
-def _forward_cached(spec, x, weights, routing):
-    return _ffi.dispatch_cached(spec, x, weights, routing), (routing, x.shape[0])
+def _no_rows(spec, like):
+    return _ffi.vary(jnp.zeros((spec.shape.capacity, spec.shape.hidden_size), spec.dtype), _ffi.varying_axes(like))
 
 
-def _backward(spec, residuals, gradients):
-    _, received = gradients
-    return _backward_cached(spec, residuals, received)
+def _forward(spec, is_fresh, fill, x, weights, by, quant):
+    """With zeros in slots that hold no token, since sums over rows meet them in the backward pass."""
+    del fill
+    routed, received = _moved(spec, is_fresh, True, x, weights, by, quant)
+    return (routed, received), (routed[0] if is_fresh else by, x.shape[0])
 
 
-def _backward_cached(spec, residuals, gradients):
+def _backward(spec, is_fresh, fill, residuals, gradients):
     """An unweighted combine of the rows' gradients; each weight's gradient returns to its (token, k)."""
+    del is_fresh, fill
     routing, num_tokens = residuals
-    rows, row_weights = gradients
+    _, (rows, row_weights, scales, straight_through) = gradients
+    came_quantised = scales is not None and straight_through is None
+    if came_quantised:  # then only the weights have a gradient
+        rows = _no_rows(spec, row_weights)
+    elif scales is not None:
+        rows = straight_through
     x, weights = _ffi.combine(spec, rows, None, row_weights, routing, num_tokens)
-    return x, weights, None
+    return None if came_quantised else x, weights, None, None
 
 
-_dispatch.defvjp(_forward, _backward)
-_dispatch_cached.defvjp(_forward_cached, _backward_cached)
+_move.defvjp(_forward, _backward)

@@ -19,7 +19,7 @@ from jax_ep.types import DispatchLayout
 
 # Values are part of the contract with ffi/common/layout.h.
 DTYPES = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3}
-LAYOUTS = {DispatchLayout.FLAT: 0, DispatchLayout.RANK_MAJOR: 1}
+LAYOUTS = {DispatchLayout.FLAT: 0, DispatchLayout.RANK_MAJOR: 1, DispatchLayout.EXPERT_MAJOR: 2}
 
 _EXTENSIONS = {"cpu": ("jax_ep._cpu", "cpu"), "cuda": ("jax_ep._cuda", "CUDA")}
 
@@ -71,16 +71,17 @@ def _result(shape, dtype, like) -> jax.ShapeDtypeStruct:
     )
 
 
-def _absent(like, dtype=jnp.float32) -> jax.Array:
+def _absent(like) -> jax.Array:
     """The empty operand that stands for None."""
-    return vary(jnp.zeros((0,), dtype), varying_axes(like))
+    return vary(jnp.zeros((0,), jnp.float32), varying_axes(like))
 
 
-def _call(name: str, spec, results, *operands):
-    return jax.ffi.ffi_call(name, results)(*operands, comm=np.int64(spec.communicator_id))
+def _call(name: str, spec, results, *operands, **attributes: int):
+    numbers = {key: np.int64(value) for key, value in attributes.items()}
+    return jax.ffi.ffi_call(name, results)(*operands, comm=np.int64(spec.communicator_id), **numbers)
 
 
-def dispatch(spec, x, weights, topk_ids):
+def dispatch(spec, x, weights, topk_ids, quant=None, *, fill: bool = True):
     """`x` [T, H], `weights` [T, K] or None, `topk_ids` [T, K] -> (tables [N], num_tokens_per_expert [L],
     offsets [G + 1], num_dropped [], recv_topk_ids [C, K] or None), and as `dispatch_cached`."""
     shape = spec.shape
@@ -92,54 +93,81 @@ def dispatch(spec, x, weights, topk_ids):
         (),
         (recv_rows, shape.topk),
     ]
-    *routed, recv_topk_ids, tokens, row_weights = _call(
+    *routed, recv_topk_ids, tokens, row_weights, row_scales = _call(
         "jax_ep_dispatch",
         spec,
-        [*(_result(size, jnp.int32, topk_ids) for size in sizes), *_row_results(spec, x, weights)],
+        [*(_result(size, jnp.int32, topk_ids) for size in sizes), *_row_results(spec, x, weights, quant)],
         topk_ids,
         x,
         _absent(x) if weights is None else weights,
+        _scales(x, quant),
+        fill=fill,
     )
     routed = (*routed, recv_topk_ids if recv_topk_ids.size else None)
-    return routed, (tokens, None if weights is None else row_weights)
+    return routed, _received(tokens, row_weights, row_scales)
 
 
-def dispatch_cached(spec, x, weights, tables):
-    """`x` [T, H], `weights` [T, K] or None -> rows [C, H], their weights ([C], [C, K], or None)."""
-    tokens, row_weights = _call(
+def dispatch_cached(spec, x, weights, tables, quant=None, *, fill: bool = True):
+    """`x` [T, H], `weights` [T, K] or None -> rows [C, H], their weights ([C], [C, K], or None), and with a
+    `QuantConfig` their scales [C, H / block], else None.
+
+    Without `fill`, slots of EXPERT_MAJOR without a token hold anything.
+    """
+    received = _call(
         "jax_ep_dispatch_cached",
         spec,
-        _row_results(spec, x, weights),
+        _row_results(spec, x, weights, quant),
         x,
         _absent(x) if weights is None else weights,
+        _scales(x, quant),
         tables,
-        _absent(x, x.dtype),
         _absent(x),
+        _absent(x),
+        fill=fill,
     )
-    return tokens, None if weights is None else row_weights
+    return _received(*received)
 
 
-def _row_results(spec, x, weights):
+def _scales(x, quant):
+    return _absent(x) if quant is None or quant.scales is None else quant.scales
+
+
+def _received(tokens, row_weights, row_scales):
+    return tokens, row_weights if row_weights.size else None, row_scales if row_scales.size else None
+
+
+def _row_results(spec, x, weights, quant):
     shape = spec.shape
     per_row = (shape.topk,) if shape.layout is DispatchLayout.RANK_MAJOR else ()
     scalars = (0,) if weights is None else (shape.capacity, *per_row)
-    return [_result((shape.capacity, shape.hidden_size), x.dtype, x), _result(scalars, jnp.float32, x)]
+    rows = shape.capacity, shape.hidden_size
+    return [
+        _result(rows, x.dtype if quant is None else quant.dtype, x),
+        _result(scalars, jnp.float32, x),
+        _result((0,), jnp.float32, x)
+        if quant is None
+        else _result((shape.capacity, shape.hidden_size // quant.block_size), quant.scale_dtype, x),
+    ]
 
 
 def dispatch_scaled(spec, g, tables, y, row_weights):
     """The gradient of a weighted combine: `g` [T, H], `y` [C, H], `row_weights` [C] -> each row's weight times
     its token's g [C, H], and the dot product of that g with the row's y [C]."""
     shape = spec.shape
-    return _call(
+    sizes = (shape.capacity, shape.hidden_size), (shape.capacity,), (0,)
+    rows, dots, _ = _call(
         "jax_ep_dispatch_cached",
         spec,
-        [_result((shape.capacity, shape.hidden_size), g.dtype, g), _result((shape.capacity,), jnp.float32, g)],
+        [_result(size, dtype, g) for size, dtype in zip(sizes, (g.dtype, jnp.float32, jnp.float32), strict=True)],
         g,
+        _absent(g),
         _absent(g),
         tables,
         y,
         row_weights,
+        fill=True,
     )
+    return rows, dots
 
 
 def combine(spec, y, row_weights, row_scalars, tables, num_tokens):

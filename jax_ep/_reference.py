@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jax_ep import _quant
 from jax_ep.types import DispatchLayout, ErrorCode
 
 
@@ -30,9 +31,9 @@ def route(spec, topk_ids):
         groups = jnp.where((local_ids >= 0).any(-1, keepdims=True), source_ranks, -1)
     else:
         groups = local_ids
-    rows, offsets = _place(groups, shape.num_row_groups, _alignment(shape))
-    kept = (rows >= 0) & (rows < shape.capacity)
-    num_dropped = jnp.sum(rows >= shape.capacity, dtype=jnp.int32)
+    rows, offsets = _place(groups, shape)
+    kept = (rows >= 0) & (rows < _end_of_group(shape, groups))
+    num_dropped = jnp.sum((rows >= 0) & ~kept, dtype=jnp.int32)
     rows = jnp.where(kept, rows, -1)
     offsets = jnp.minimum(offsets, shape.capacity)
 
@@ -56,12 +57,22 @@ def _alignment(shape) -> int:
     return 1 if shape.layout is DispatchLayout.RANK_MAJOR else shape.expert_alignment
 
 
-def _place(groups, num_groups: int, alignment: int):
+def _end_of_group(shape, groups):
+    """The row that the rows of each group must stay below."""
+    if shape.layout is DispatchLayout.EXPERT_MAJOR:
+        return (groups + 1) * shape.slots_per_expert
+    return shape.capacity
+
+
+def _place(groups, shape):
     """Rows in order of (group, position) for each entry of `groups`, -1 where that is -1; and the groups'
     first rows. As if capacity had no end."""
+    num_groups, alignment = shape.num_row_groups, _alignment(shape)
     flat = jnp.where(groups >= 0, groups, num_groups).reshape(-1)
     counts = jnp.zeros((num_groups + 1,), jnp.int32).at[flat].add(1)
     padded = -(-counts[:-1] // alignment) * alignment
+    if shape.layout is DispatchLayout.EXPERT_MAJOR:
+        padded = jnp.full_like(padded, shape.slots_per_expert)
     offsets = jnp.concatenate([jnp.zeros((1,), jnp.int32), jnp.cumsum(padded, dtype=jnp.int32)])
     # A stable sort puts each group's entries together, in order.
     order = jnp.argsort(flat, stable=True)
@@ -78,16 +89,20 @@ def _poison(spec, all_ids, is_expert, ranks):
     bad_ids = jnp.sum(~is_expert & (all_ids != -1), axis=(1, 2), dtype=jnp.int32)  # [R]
     if shape.layout is DispatchLayout.RANK_MAJOR:
         hits = (ranks[..., None] == jnp.arange(shape.num_ranks, dtype=jnp.int32)).any(2)  # [R, T, R]
-        needed = hits.sum((0, 1), dtype=jnp.int32)
+        needed, limit = hits.sum((0, 1), dtype=jnp.int32), shape.capacity
     else:
         experts = (
             jnp.zeros((shape.num_experts,), jnp.int32)
             .at[jnp.where(is_expert, all_ids, shape.num_experts)]
             .add(1, mode="drop")
         )
-        alignment = shape.expert_alignment
-        needed = (-(-experts // alignment) * alignment).reshape(shape.num_ranks, -1).sum(1, dtype=jnp.int32)
-    overflows = (needed > shape.capacity) & (not spec.drop_overflow)
+        experts = experts.reshape(shape.num_ranks, -1)
+        if shape.layout is DispatchLayout.EXPERT_MAJOR:
+            needed, limit = experts.max(1), shape.slots_per_expert
+        else:
+            alignment = shape.expert_alignment
+            needed, limit = (-(-experts // alignment) * alignment).sum(1, dtype=jnp.int32), shape.capacity
+    overflows = (needed > limit) & (not spec.drop_overflow)
     any_bad = (bad_ids > 0).any()
     failed = any_bad | overflows.any()
     code = jnp.where(any_bad, int(ErrorCode.BAD_EXPERT_ID), int(ErrorCode.OVERFLOW))
@@ -102,30 +117,47 @@ def _take(rows, indices):
     return jnp.take(rows, jnp.maximum(indices, 0), axis=0)
 
 
-def dispatch(spec, x, weights, topk_ids):
-    """See `_dispatch.dispatch`."""
-    routed = route(spec, topk_ids)
-    return routed, dispatch_cached(spec, x, weights, routed[0])
-
-
-def dispatch_cached(spec, x, weights, routing):
+def dispatch_cached(spec, x, weights, routing, quant=None):
     """See `_dispatch.dispatch_cached`."""
+    row_weights = None if weights is None else _dispatch_weights(spec, weights, routing)
+    if quant is None:
+        return _dispatch_rows(spec, x, routing), row_weights, None, None
+    elements, scales = (x, quant.scales) if quant.scales is not None else _quant.quantize(lax.stop_gradient(x), quant)
+    # As bytes, which collectives of all versions move. A poisoned step has NaN for scales: not all elements know one.
+    tokens = _dispatch_rows(spec, lax.bitcast_convert_type(elements, jnp.uint8), routing)
+    bits = jnp.uint8 if jnp.dtype(quant.scale_dtype).itemsize == 1 else jnp.uint32
+    scale_bits = _dispatch_rows(spec, lax.bitcast_convert_type(scales, bits), routing)
+    nan = lax.bitcast_convert_type(jnp.asarray(jnp.nan, jnp.dtype(quant.scale_dtype)), bits)
+    scale_bits = jnp.where(jnp.isnan(routing["poison"]), nan, scale_bits)
+    # What the rows stand for, by which their gradient returns.
+    straight_through = _dispatch_rows(spec, x, routing) if quant.scales is None else None
+    return (
+        lax.bitcast_convert_type(tokens, jnp.dtype(quant.dtype)),
+        row_weights,
+        lax.bitcast_convert_type(scale_bits, jnp.dtype(quant.scale_dtype)),
+        straight_through,
+    )
+
+
+def _dispatch_rows(spec, x, routing):
+    sources = routing["sources"]
+    all_x = lax.all_gather(x, spec.axis_name).reshape(-1, x.shape[-1])
+    rows = jnp.where((sources >= 0)[:, None], _take(all_x, sources), jnp.zeros((), x.dtype))
+    return rows * routing["poison"].astype(x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else rows
+
+
+def _dispatch_weights(spec, weights, routing):
     shape, sources, poison = spec.shape, routing["sources"], routing["poison"]
-    is_token = sources >= 0
-    all_x = lax.all_gather(x, spec.axis_name).reshape(-1, shape.hidden_size)
-    tokens = jnp.where(is_token[:, None], _take(all_x, sources), 0) * poison.astype(x.dtype)
-    if weights is None:
-        return tokens, None
     all_weights = lax.all_gather(weights, spec.axis_name).reshape(-1, shape.topk)
     if shape.layout is DispatchLayout.RANK_MAJOR:
-        return tokens, jnp.where(is_token[:, None], _take(all_weights, sources), 0) * poison
+        return jnp.where((sources >= 0)[:, None], _take(all_weights, sources), 0) * poison
     rows = routing["rows"].reshape(-1)
     row_weights = (
         jnp.zeros((shape.capacity,), weights.dtype)
         .at[jnp.where(rows >= 0, rows, shape.capacity)]
         .set(all_weights.reshape(-1), mode="drop")
     )
-    return tokens, row_weights * poison
+    return row_weights * poison
 
 
 def combine(spec, y, row_weights, routing, num_tokens: int):

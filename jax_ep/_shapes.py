@@ -34,6 +34,11 @@ class MoEShape:
         return 1 if self.layout is DispatchLayout.RANK_MAJOR else self.topk
 
     @property
+    def slots_per_expert(self) -> int:
+        """S, for EXPERT_MAJOR."""
+        return self.capacity // self.num_local_experts
+
+    @property
     def num_row_groups(self) -> int:
         return self.num_ranks if self.layout is DispatchLayout.RANK_MAJOR else self.num_local_experts
 
@@ -54,6 +59,8 @@ def worst_case_capacity(
     tokens = num_ranks * max_tokens_per_rank
     if layout is DispatchLayout.RANK_MAJOR:
         return max(1, tokens)
+    if layout is DispatchLayout.EXPERT_MAJOR:
+        return max(1, num_local_experts * tokens)
     rows = tokens * topk
     padding = min(num_local_experts, rows) * (expert_alignment - 1)
     return max(1, align_up(rows + padding, expert_alignment))

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_ep import _bootstrap, _combine, _dispatch, _ffi, _shapes
-from jax_ep._checks import expect, expect_array, expect_inside_shard_map, expect_int
+from jax_ep import _bootstrap, _combine, _dispatch, _ffi, _quant, _shapes
+from jax_ep._checks import expect, expect_array, expect_dtype, expect_inside_shard_map, expect_int
 from jax_ep.types import (
     CapacityError,
     DispatchHandle,
@@ -22,6 +22,8 @@ from jax_ep.types import (
     ExpertIdError,
     MoEMode,
     PeerTimeoutError,
+    QuantConfig,
+    QuantOutput,
 )
 
 _IMPLEMENTATIONS = ("cuda", "cpu", "reference")
@@ -58,6 +60,7 @@ class _OpSpec:
     communicator_id: int
     axis_name: str
     shape: _shapes.MoEShape
+    dtype: Any
     drop_overflow: bool
     communicator: MoECommunicator
     is_reference: bool
@@ -84,10 +87,11 @@ class MoECommunicator:
       hidden_size: H, elements per token. On GPUs a row must be a multiple of 16 bytes.
       topk: K, experts per token, 1 to 32.
       max_tokens_per_rank: the most tokens T that a rank dispatches in one call.
-      mode: `MoEMode.HIGH_THROUGHPUT`.
-      output_layout: a `DispatchLayout`; default `FLAT`.
+      mode: `MoEMode.HIGH_THROUGHPUT` for training and prefill, `MoEMode.LOW_LATENCY` for decoding.
+      output_layout: a `DispatchLayout`; default `FLAT`, in mode LOW_LATENCY `EXPERT_MAJOR`, which needs that mode.
       max_recv_tokens_per_rank: C, rows of the receive buffer; default the worst case, so that nothing can be
-        dropped. Balanced routing needs about T * K rows for `FLAT`.
+        dropped. Balanced routing needs about T * K rows for `FLAT`. Not for `EXPERT_MAJOR`, whose L * S slots only
+        overflow if tokens name the same expert more than once.
       overflow: what happens to rows beyond C. "error": all outputs of the step are NaN on all ranks, and the
         next call or `check()` raises `CapacityError`. "drop": the last rows are left out of outputs and gradients,
         and counted in `num_dropped`.
@@ -122,6 +126,7 @@ class MoECommunicator:
             communicator_id=_bootstrap.communicator_id(mesh, self.config.axis_name),
             axis_name=self.config.axis_name,
             shape=self._shape,
+            dtype=jnp.dtype(self.config.dtype),
             drop_overflow=self.config.overflow == "drop",
             communicator=self,
             is_reference=self.config.implementation == "reference",
@@ -144,6 +149,7 @@ class MoECommunicator:
             layout=_ffi.LAYOUTS[shape.layout],
             dtype=_ffi.DTYPES[jnp.dtype(config.dtype).name],
             drop_overflow=config.overflow == "drop",
+            low_latency=config.mode is MoEMode.LOW_LATENCY,
         )
         self._connection = _bootstrap.Connection(
             self.mesh, config, id=self._spec.communicator_id, native_shape=self._native_shape
@@ -161,8 +167,16 @@ class MoECommunicator:
 
     @property
     def capacity(self) -> int:
-        """C, the rows of `DispatchOutput.tokens`."""
+        """C, the rows of `DispatchOutput.tokens`; for `EXPERT_MAJOR` L * S."""
         return self._shape.capacity
+
+    @property
+    def rows_shape(self) -> tuple[int, ...]:
+        """`(C,)`, or `(L, S)` for `EXPERT_MAJOR`: what `DispatchOutput.tokens` has before its last dimension."""
+        shape = self._shape
+        if shape.layout is DispatchLayout.EXPERT_MAJOR:
+            return shape.num_local_experts, shape.slots_per_expert
+        return (shape.capacity,)
 
     @property
     def arena_bytes(self) -> int:
@@ -176,15 +190,18 @@ class MoECommunicator:
         weights: jax.Array | None = None,
         *,
         previous_handle: DispatchHandle | None = None,
+        quant: QuantConfig | None = None,
     ) -> tuple[DispatchOutput, DispatchHandle]:
         """Sends each token to the ranks of its experts. Call inside `jax.shard_map`.
 
         Args:
-          x: `[T, H]`, this rank's tokens. Differentiable.
+          x: `[T, H]`, this rank's tokens, in the communicator's dtype or, with `quant.scales`, in `quant.dtype`.
+            Differentiable; with `quant` by way of `jax_ep.dequantize`, and not if it is quantised already.
           topk_ids: int32 `[T, K]`, the experts of each token, -1 where unused. An expert named twice counts twice.
           weights: float32 `[T, K]`, routing weights, which `combine` applies. Differentiable. Without them,
             `combine` adds the rows unweighted.
           previous_handle: reuses its routing, and its weights unless new ones are given, instead of `topk_ids`.
+          quant: sends quantised rows, and their scales along: with bfloat16 about half the bytes.
 
         Returns:
           What this rank received, and the handle for `combine` and for later dispatches.
@@ -195,57 +212,110 @@ class MoECommunicator:
         """
         self._expect_usable("dispatch")
         shape = self._shape
-        expect_array("x", x, ("T", shape.hidden_size), self.config.dtype)
+        if quant is not None:
+            quant = self._checked_quant(quant)
+        came_quantised = quant is not None and quant.scales is not None
+        expect_array("x", x, ("T", shape.hidden_size), quant.dtype if came_quantised else self.config.dtype)
         num_tokens = x.shape[0]
         expect(num_tokens <= shape.max_tokens_per_rank, "x", f"at most {shape.max_tokens_per_rank} tokens", num_tokens)
+        if came_quantised:
+            num_blocks = shape.hidden_size // quant.block_size
+            expect_array("quant.scales", quant.scales, (num_tokens, num_blocks), quant.scale_dtype)
+        # The token that stands in for none is a constant, by which JAX does not see a differentiated program.
+        fill = num_tokens == 0
         if weights is not None:
             expect_array("weights", weights, (num_tokens, shape.topk), jnp.float32)
         if previous_handle is not None:
             expect(topk_ids is None, "topk_ids", "None beside previous_handle", "an array")
             self._expect_own_handle("previous_handle", previous_handle)
             expect(previous_handle.num_tokens == num_tokens, "x", f"{previous_handle.num_tokens} tokens", num_tokens)
-            x, weights = self._vary_alike(x, weights, previous_handle)
-            received = _dispatch.dispatch_cached(self._spec, x, weights, previous_handle.routing)
-            return _output_and_handle(previous_handle, *received)
+            x, weights, quant = self._vary_alike(x, weights, quant, previous_handle)
+            received = _dispatch.dispatch_cached(self._spec, x, weights, previous_handle.routing, quant, fill)
+            return self._output_and_handle(previous_handle, *received)
         if topk_ids is None:
             raise ValueError("topk_ids: expected an array, or previous_handle, got neither")
         expect_array("topk_ids", topk_ids, (num_tokens, shape.topk), jnp.int32)
         topk_ids = _ffi.vary(_at_least_one_token(topk_ids, -1), {self.config.axis_name})
-        x, weights = self._vary_alike(x, weights, topk_ids)
-        routed, received = _dispatch.dispatch(self._spec, x, weights, topk_ids)
+        x, weights, quant = self._vary_alike(x, weights, quant, topk_ids)
+        routed, received = _dispatch.dispatch(self._spec, x, weights, topk_ids, quant, fill)
         routing, num_tokens_per_expert, offsets, num_dropped, recv_topk_ids = routed
         layout = DispatchLayoutInfo(shape.layout, num_tokens_per_expert, offsets)
         handle = DispatchHandle(
             routing, None, layout, num_dropped, recv_topk_ids, num_tokens, self._spec.communicator_id
         )
-        return _output_and_handle(handle, *received)
+        return self._output_and_handle(handle, *received)
 
-    def _vary_alike(self, x, weights, routed_by) -> tuple[jax.Array, jax.Array | None]:
-        """The two over the axes of all that they meet in an op."""
-        axes = _varying_axes((x, weights, routed_by)) | {self.config.axis_name}
-        x = _ffi.vary(_at_least_one_token(x, 0), axes)
-        return x, None if weights is None else _ffi.vary(_at_least_one_token(weights, 0), axes)
+    def _checked_quant(self, quant) -> QuantConfig:
+        if not isinstance(quant, QuantConfig):
+            raise TypeError(f"quant: expected a QuantConfig, got {type(quant).__name__}")
+        hidden_size = self._shape.hidden_size
+        dtype = expect_dtype("quant.dtype", quant.dtype, _quant.QMAX)
+        scale_dtype = expect_dtype("quant.scale_dtype", quant.scale_dtype, _quant.SCALE_DTYPES)
+        expect_int("quant.block_size", quant.block_size)
+        blocks = f"a divisor of the hidden size {hidden_size}"
+        expect(hidden_size % quant.block_size == 0, "quant.block_size", blocks, quant.block_size)
+        if self.config.implementation == "cuda":
+            expect(hidden_size % 32 == 0, "quant", "a hidden size of a multiple of 32 on CUDA", hidden_size)
+        return dataclasses.replace(quant, dtype=dtype, scale_dtype=scale_dtype)
+
+    def _vary_alike(self, x, weights, quant, routed_by):
+        """The first three over the axes of all that they meet in an op."""
+        scales = None if quant is None else quant.scales
+        axes = _varying_axes((x, weights, scales, routed_by)) | {self.config.axis_name}
+
+        def vary(array):
+            return None if array is None else _ffi.vary(_at_least_one_token(array, 0), axes)
+
+        if scales is not None:
+            x, scales = jax.lax.stop_gradient((x, scales))
+            quant = dataclasses.replace(quant, scales=vary(scales))
+        return vary(x), vary(weights), quant
+
+    def _output_and_handle(self, handle: DispatchHandle, tokens, row_weights, scales, straight_through):
+        rank_major = handle.layout.kind is DispatchLayout.RANK_MAJOR
+        if row_weights is not None:
+            if rank_major:
+                row_weights = jnp.where(handle.topk_ids >= 0, row_weights, 0)
+            handle = dataclasses.replace(handle, row_weights=row_weights)
+        quant = None
+        if scales is not None:
+            rows = None if straight_through is None else self._by_expert(straight_through)
+            quant = QuantOutput(self._by_expert(scales), rows)
+        out = DispatchOutput(
+            tokens=self._by_expert(tokens),
+            layout=handle.layout,
+            num_dropped=handle.num_dropped,
+            topk_ids=handle.topk_ids,
+            topk_weights=handle.row_weights if rank_major else None,
+            quant=quant,
+        )
+        return out, handle
+
+    def _by_expert(self, rows: jax.Array) -> jax.Array:
+        """`[C, ...]` as users see it."""
+        return rows.reshape(*self.rows_shape, *rows.shape[1:])
 
     def combine(self, y: jax.Array, handle: DispatchHandle) -> jax.Array:
         """Returns the experts' rows to their tokens and sums them. Call inside `jax.shard_map`.
 
         Args:
-          y: `[C, H]`, a row for each row of the dispatch output. Differentiable. Rows without a token are not read.
+          y: `[C, H]`, or `[L, S, H]` for `EXPERT_MAJOR`, a row for each row of the dispatch output, in the
+            communicator's dtype. Differentiable. Rows without a token are not read.
           handle: from the `dispatch` that made those rows.
 
         Returns:
-          `[T, H]`: for `FLAT` the sum of each token's rows, times its weights if dispatch was given any; for
-          `RANK_MAJOR` the plain sum over ranks. Sums are kept in float32. A token without experts gets zeros.
+          `[T, H]`: for `FLAT` and `EXPERT_MAJOR` the sum of each token's rows, times its weights if dispatch was given
+          any; for `RANK_MAJOR` the plain sum over ranks. Sums are kept in float32. A token without experts gets zeros.
 
         Raises:
           As `dispatch`.
         """
         self._expect_usable("combine")
         self._expect_own_handle("handle", handle)
-        expect_array("y", y, (self._shape.capacity, self._shape.hidden_size), self.config.dtype)
+        expect_array("y", y, (*self.rows_shape, self._shape.hidden_size), self.config.dtype)
         axes = _ffi.varying_axes(y) | _varying_axes(handle)
-        y = _ffi.vary(y, axes)
-        weighted = handle.row_weights is not None and handle.layout.kind is DispatchLayout.FLAT
+        y = _ffi.vary(y.reshape(self._shape.capacity, -1), axes)
+        weighted = handle.row_weights is not None and handle.layout.kind is not DispatchLayout.RANK_MAJOR
         row_weights = _ffi.vary(handle.row_weights, axes) if weighted else None
         out = _combine.combine(self._spec, y, row_weights, handle.routing, max(1, handle.num_tokens))
         return out[: handle.num_tokens]
@@ -270,6 +340,12 @@ class MoECommunicator:
             timeout_text = ""
         else:
             return
+        if code == ErrorCode.OVERFLOW and self._shape.layout is DispatchLayout.EXPERT_MAJOR:
+            raise CapacityError(
+                f"topk_ids: expected at most {self._shape.slots_per_expert} rows for an expert, got {got} on rank "
+                f"{rank}, where tokens name one more than once; the outputs of that step are NaN on all ranks. Name "
+                'each once, or choose overflow="drop".'
+            )
         if code == ErrorCode.OVERFLOW:
             raise CapacityError(
                 f"max_recv_tokens_per_rank: expected at least {got}, which rank {rank} needed, got {self.capacity}; "
@@ -315,16 +391,6 @@ class MoECommunicator:
         expect(handle.communicator_id == mine, argument, "a handle of this communicator", "another communicator's")
 
 
-def _output_and_handle(handle: DispatchHandle, tokens, row_weights) -> tuple[DispatchOutput, DispatchHandle]:
-    rank_major = handle.layout.kind is DispatchLayout.RANK_MAJOR
-    if row_weights is not None:
-        if rank_major:
-            row_weights = jnp.where(handle.topk_ids >= 0, row_weights, 0)
-        handle = dataclasses.replace(handle, row_weights=row_weights)
-    topk_weights = handle.row_weights if rank_major else None
-    return DispatchOutput(tokens, handle.layout, handle.num_dropped, handle.topk_ids, topk_weights), handle
-
-
 def _at_least_one_token(array, fill):
     """A rank without tokens takes part with one that has no expert, so that no op has empty operands."""
     return array if array.shape[0] else jnp.full((1, *array.shape[1:]), fill, array.dtype)
@@ -361,14 +427,22 @@ def _resolve(mesh, config: MoECommunicatorConfig) -> MoECommunicatorConfig:
         f"seconds above 0, up to {_MAX_TIMEOUT_S:g}",
         config.timeout_s,
     )
-    dtype = jnp.dtype(config.dtype)
-    expect(dtype.name in _ffi.DTYPES, "dtype", f"one of {sorted(_ffi.DTYPES)}", dtype.name)
+    dtype = expect_dtype("dtype", config.dtype, _ffi.DTYPES)
     num_ranks = mesh.shape[config.axis_name]
     expect(
         config.num_experts % num_ranks == 0, "num_experts", f"a multiple of the {num_ranks} ranks", config.num_experts
     )
-    layout = DispatchLayout.FLAT if config.output_layout is None else config.output_layout
+    low_latency = config.mode is MoEMode.LOW_LATENCY
+    layout = config.output_layout
+    if layout is None:
+        layout = DispatchLayout.EXPERT_MAJOR if low_latency else DispatchLayout.FLAT
     expect(isinstance(layout, DispatchLayout), "output_layout", "a DispatchLayout", repr(layout))
+    if layout is DispatchLayout.EXPERT_MAJOR:
+        expect(low_latency, "output_layout", "FLAT or RANK_MAJOR in mode HIGH_THROUGHPUT", layout)
+        capacity = config.max_recv_tokens_per_rank
+        expect(capacity is None, "max_recv_tokens_per_rank", "None with output_layout EXPERT_MAJOR", capacity)
+        alignment = config.expert_alignment
+        expect(alignment == 1, "expert_alignment", "1 with output_layout EXPERT_MAJOR", alignment)
     implementation = _resolve_implementation(mesh, config)
     if implementation == "cuda":
         row_bytes = config.hidden_size * dtype.itemsize
@@ -422,7 +496,9 @@ def _moe_shape(mesh, config: MoECommunicatorConfig) -> _shapes.MoEShape:
         layout=config.output_layout,
     )
     capacity = worst if config.max_recv_tokens_per_rank is None else config.max_recv_tokens_per_rank
-    expect(capacity < 2**31, "max_recv_tokens_per_rank", "fewer than 2**31 rows", capacity)
+    is_expert_major = config.output_layout is DispatchLayout.EXPERT_MAJOR
+    sizing = "max_tokens_per_rank" if is_expert_major else "max_recv_tokens_per_rank"
+    expect(capacity < 2**31, sizing, "fewer than 2**31 rows", capacity)
     return _shapes.MoEShape(
         num_ranks=num_ranks,
         num_experts=config.num_experts,

@@ -20,9 +20,31 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
-from jax_ep import DispatchLayout
+from jax_ep import DispatchLayout, MoEMode, QuantConfig, _quant
 
-FLAT, RANK_MAJOR = DispatchLayout.FLAT, DispatchLayout.RANK_MAJOR
+FLAT, RANK_MAJOR, EXPERT_MAJOR = DispatchLayout.FLAT, DispatchLayout.RANK_MAJOR, DispatchLayout.EXPERT_MAJOR
+HIGH_THROUGHPUT, LOW_LATENCY = MoEMode.HIGH_THROUGHPUT, MoEMode.LOW_LATENCY
+
+# Each mode with each of its layouts. Those of the first mode in the second make a difference to kernels on GPUs alone.
+ARRANGEMENTS = (
+    (LOW_LATENCY, FLAT),
+    (LOW_LATENCY, RANK_MAJOR),
+    (HIGH_THROUGHPUT, FLAT),
+    (HIGH_THROUGHPUT, RANK_MAJOR),
+    (LOW_LATENCY, EXPERT_MAJOR),
+)
+
+
+def arrangement_id(value) -> str:
+    return {HIGH_THROUGHPUT: "ht", LOW_LATENCY: "ll"}.get(value) or value.value
+
+
+# Each element type with each type of scales. Rows of a multiple of 128 elements suit all.
+QUANTS = tuple(
+    QuantConfig(dtype=dtype, block_size=block_size, scale_dtype=scale_dtype)
+    for dtype, float_block in (("float8_e4m3fn", 128), ("float8_e5m2", 32), ("int8", 64))
+    for scale_dtype, block_size in (("float32", float_block), ("float8_e8m0fnu", 32))
+)
 
 # Both sides round each term, each rank's sum and the total, to the dtype.
 ROUNDINGS = 8
@@ -40,6 +62,7 @@ class Case:
     num_experts: int = 24
     dtype: str = "float32"
     layout: DispatchLayout = FLAT
+    mode: MoEMode = HIGH_THROUGHPUT
     routing: str = "uniform"
     weighted: bool = True
     expert_alignment: int = 1
@@ -47,6 +70,8 @@ class Case:
     capacity: int | None = None
     overflow: str = "error"
     check_vma: bool = True
+    quant: QuantConfig | None = None
+    came_quantised: bool = False  # x is quantised before dispatch
     seed: int = 0
 
 
@@ -118,6 +143,10 @@ def draw_topk_ids(rng: np.random.Generator, case: Case, num_tokens: int) -> np.n
             topk_ids = np.full(shape, rng.integers(0, num_experts))
         case "empty":
             topk_ids = np.full(shape, -1)
+    if case.layout is EXPERT_MAJOR and case.overflow == "error":
+        # An expert has slots enough for tokens that name it once.
+        earlier = (topk_ids[:, :, None] == topk_ids[:, None, :]) & np.tri(case.topk, k=-1, dtype=bool)
+        topk_ids = np.where(earlier.any(2), -1, topk_ids)
     return topk_ids.astype(np.int32)
 
 
@@ -169,6 +198,7 @@ def communicator(implementation: str, mesh: Mesh, case: Case, **arguments) -> ja
             max_recv_tokens_per_rank=case.capacity,
             overflow=case.overflow,
             output_layout=case.layout,
+            mode=case.mode,
             expert_alignment=case.expert_alignment,
             dtype=jnp.dtype(case.dtype),
             implementation=implementation,
@@ -184,32 +214,60 @@ def expert_of_rows(layout: jax_ep.DispatchLayoutInfo, capacity: int) -> tuple[ja
     return experts, rows - layout.offsets[experts] < layout.num_tokens_per_expert[experts]
 
 
-def apply_experts(out: jax_ep.DispatchOutput, factors: jax.Array) -> jax.Array:
+def holds_token(out: jax_ep.DispatchOutput) -> jax.Array:
+    """Which rows do, `[C]` or `[L, S]`."""
+    match out.layout.kind:
+        case DispatchLayout.FLAT:
+            return expert_of_rows(out.layout, out.tokens.shape[0])[1]
+        case DispatchLayout.RANK_MAJOR:
+            return (out.topk_ids >= 0).any(1)
+        case DispatchLayout.EXPERT_MAJOR:
+            slots = jnp.arange(out.tokens.shape[1], dtype=jnp.int32)
+            return slots < out.layout.num_tokens_per_expert[:, None]
+
+
+def apply_experts(out: jax_ep.DispatchOutput, factors: jax.Array, dtype=None) -> jax.Array:
     """Local expert i multiplies its rows by `factors` [L, H] of i. Rows without a token become NaN, for combine
-    must not read them."""
+    must not read them. Quantised rows become `dtype`."""
+    tokens = out.tokens if out.quant is None else jax_ep.dequantize(out, dtype)
     if out.layout.kind is FLAT:
-        experts, is_token = expert_of_rows(out.layout, out.tokens.shape[0])
-        row_factors = factors[experts]
+        row_factors = factors[expert_of_rows(out.layout, tokens.shape[0])[0]]
+    elif out.layout.kind is EXPERT_MAJOR:
+        row_factors = factors[:, None]
     else:
-        is_token = (out.topk_ids >= 0).any(1)
         weights = out.topk_ids >= 0 if out.topk_weights is None else out.topk_weights
         row_factors = jnp.einsum("ck,ckh->ch", weights.astype(factors.dtype), factors[jnp.maximum(out.topk_ids, 0)])
-    rows = (out.tokens.astype(row_factors.dtype) * row_factors).astype(out.tokens.dtype)
-    return jnp.where(is_token[:, None], rows, jnp.nan)
+    rows = (tokens.astype(row_factors.dtype) * row_factors).astype(tokens.dtype)
+    return jnp.where(holds_token(out)[..., None], rows, jnp.nan)
 
 
-def moe(comm, x, topk_ids, weights, factors, row_bias=None):
-    out, handle = comm.dispatch(x, topk_ids, weights)
-    y = apply_experts(out, factors)
-    return comm.combine(y if row_bias is None else y + row_bias, handle), out
+def dispatch(comm, x, topk_ids, weights, quant: QuantConfig | None = None, came_quantised: bool = False):
+    if came_quantised:
+        x, scales = _quant.quantize(x, quant)
+        quant = dataclasses.replace(quant, scales=scales)
+    return comm.dispatch(x, topk_ids, weights, quant=quant)
+
+
+def moe(comm, x, topk_ids, weights, factors, row_bias=None, **quant):
+    out, handle = dispatch(comm, x, topk_ids, weights, **quant)
+    y = apply_experts(out, factors, x.dtype)
+    return comm.combine(y if row_bias is None else y + row_bias.reshape(y.shape), handle), out
+
+
+def observed(out: jax_ep.DispatchOutput) -> jax_ep.DispatchOutput:
+    """What shard_map can return of it, and what is defined."""
+    quant = out.quant and dataclasses.replace(out.quant, straight_through=None)
+    return dataclasses.replace(out, num_dropped=out.num_dropped[None], quant=quant)
 
 
 def make_step(comm: jax_ep.MoECommunicator, case: Case) -> Callable[[Inputs], Result]:
     specs = input_specs(comm.mesh)
 
     def layer(x, weights, scale, gain, row_bias, topk_ids):
-        combined, out = moe(comm, x, topk_ids, weights if case.weighted else None, scale * gain, row_bias)
-        return combined, dataclasses.replace(out, num_dropped=out.num_dropped[None])
+        weights = weights if case.weighted else None
+        quant = dict(quant=case.quant, came_quantised=case.came_quantised)
+        combined, out = moe(comm, x, topk_ids, weights, scale * gain, row_bias, **quant)
+        return combined, observed(out)
 
     mapped = jax.shard_map(
         layer, mesh=comm.mesh, in_specs=specs[:6], out_specs=P(comm.mesh.axis_names), check_vma=case.check_vma
@@ -232,9 +290,17 @@ def run(implementation: str, mesh: Mesh, case: Case, times: int = 1) -> list[Res
     return results
 
 
+def quantised_and_back(x: np.ndarray, quant: QuantConfig) -> np.ndarray:
+    elements, scales = jax.jit(lambda x: _quant.quantize(x, quant))(x)
+    factors = np.repeat(np.asarray(_quant.scale_values(scales)), quant.block_size, axis=-1)
+    return (np.asarray(elements).astype(np.float32) * factors).astype(x.dtype)
+
+
 def dense(case: Case, inputs: Inputs, absolute: bool = False) -> tuple[np.ndarray, ...]:
     """The combined output and the gradients of x, weights, scale and gain if nothing is dropped, in float64; with
     `absolute`, the sums of their terms' absolute values, which their rounding errors are proportional to."""
+    if case.quant is not None:
+        inputs = inputs._replace(x=quantised_and_back(inputs.x, case.quant))
     if not case.weighted:
         inputs = inputs._replace(weights=np.ones_like(inputs.weights))
     wide = [np.asarray(array, np.float64) for array in inputs]
@@ -248,7 +314,7 @@ def dense(case: Case, inputs: Inputs, absolute: bool = False) -> tuple[np.ndarra
     np.add.at(scale_gradient, inputs.topk_ids, weights[..., None] * (gradient * x * gain)[:, None])
     return (
         weighted_scales * gain * x,
-        weighted_scales * gain * gradient,
+        weighted_scales * gain * gradient * (not case.came_quantised),
         weight_gradient,
         scale_gradient,
         (weighted_scales * gradient * x).sum(0),
@@ -263,6 +329,13 @@ def local(array: jax.Array) -> Iterable[tuple[tuple[slice, ...], np.ndarray]]:
         yield shard.index, np.asarray(shard.data)
 
 
+def bits(array: np.ndarray) -> np.ndarray:
+    """Its bytes as integers; all NaN are one."""
+    if jnp.issubdtype(array.dtype, jnp.floating):
+        array = np.where(np.isnan(array), np.asarray(np.nan, array.dtype), array)
+    return np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}")
+
+
 def assert_same(got, want) -> None:
     """Bitwise equality of two pytrees."""
     got_leaves, want_leaves = jax.tree.leaves_with_path(got), jax.tree.leaves_with_path(want)
@@ -270,7 +343,11 @@ def assert_same(got, want) -> None:
     for (path, got_leaf), (_, want_leaf) in zip(got_leaves, want_leaves, strict=True):
         assert (got_leaf.shape, got_leaf.dtype) == (want_leaf.shape, want_leaf.dtype), path
         for (index, got_part), (_, want_part) in zip(local(got_leaf), local(want_leaf), strict=True):
-            np.testing.assert_array_equal(got_part, want_part, err_msg=f"{jax.tree_util.keystr(path)} at {index}")
+            same = bits(got_part) == bits(want_part)
+            np.testing.assert_array_equal(
+                got_part[~same], want_part[~same], err_msg=f"{jax.tree_util.keystr(path)} at {index}"
+            )
+            assert same.all(), f"{jax.tree_util.keystr(path)} at {index}: zeros of another sign"
 
 
 def assert_rounded(name: str, dtype, got: jax.Array, want, terms: np.ndarray | None = None, num_terms: int = 1) -> None:
@@ -322,7 +399,7 @@ def check_case(implementation: str, case: Case, mesh: Mesh | None = None) -> Non
     inputs = draw(case, mesh.size // case.num_ranks)
     got, again = run(implementation, mesh, case, times=2)
     assert_same(repeatable(implementation, again), repeatable(implementation, got))
-    if case.capacity is None:
+    if case.overflow == "error":
         assert_dense(case, inputs, got)
     if implementation == "reference":
         return
@@ -330,3 +407,51 @@ def check_case(implementation: str, case: Case, mesh: Mesh | None = None) -> Non
     assert_same(got.received, want.received)
     assert_results(case, inputs, got, (want.out, *want.gradients))
     assert_rounded("gradient of the expert output", case.dtype, got.gradients[-1], want.gradients[-1])
+
+
+def draw_magnitudes(rng: np.random.Generator, shape: tuple[int, int], dtype) -> np.ndarray:
+    """Rows in which blocks of 32 are of one magnitude, any that float32 knows, or hold zeros, infinities or NaN."""
+    num_blocks = shape[0] * shape[1] // 32
+    exponents = rng.integers(-149, 129, (num_blocks, 1)) - rng.integers(0, 20, (num_blocks, 32))
+    with np.errstate(over="ignore", invalid="ignore"):
+        blocks = np.ldexp(rng.uniform(-2, 2, exponents.shape), exponents)
+        for value, share in ((0.0, 0.2), (-0.0, 0.1), (np.inf, 0.05), (-np.inf, 0.05), (np.nan, 0.05)):
+            blocks[rng.random(num_blocks) < share, rng.integers(32)] = value
+        blocks[rng.random(num_blocks) < 0.1] = 0
+        return blocks.reshape(shape).astype(np.float32).astype(dtype)
+
+
+def receive_quantised(implementation: str, mesh: Mesh, case: Case) -> tuple[tuple[jax_ep.DispatchOutput, ...], ...]:
+    """What a program that is not differentiated receives of each of `QUANTS`, quantised by dispatch and before it, with
+    zeros where no token is."""
+    inputs = draw(case, mesh.size // case.num_ranks)
+    x = draw_magnitudes(np.random.default_rng(case.seed), inputs.x.shape, inputs.x.dtype)
+    tokens = P(mesh.axis_names)
+    with communicator(implementation, mesh, case) as comm:
+
+        def defined(out):
+            is_token, out = holds_token(out)[..., None], observed(out)
+            tokens, quant = jax.tree.map(
+                lambda rows: jnp.where(is_token, rows, jnp.zeros((), rows.dtype)), (out.tokens, out.quant)
+            )
+            return dataclasses.replace(out, tokens=tokens, quant=quant)
+
+        @jax.jit
+        @jax.shard_map(mesh=mesh, in_specs=(tokens, tokens), out_specs=tokens, check_vma=case.check_vma)
+        def forward(x, topk_ids):
+            return tuple(
+                tuple(defined(dispatch(comm, x, topk_ids, None, quant, came)[0]) for came in (False, True))
+                for quant in QUANTS
+            )
+
+        return jax.block_until_ready(forward(put(x, mesh, tokens), put(inputs.topk_ids, mesh, tokens)))
+
+
+def check_quantised(implementation: str, case: Case, mesh: Mesh | None = None) -> None:
+    """All quantisations of rows of all magnitudes: what is received is the reference's bit for bit."""
+    mesh = make_mesh(implementation, case.num_ranks) if mesh is None else mesh
+    got = receive_quantised(implementation, mesh, case)
+    for by_dispatch, before in got:
+        assert_same(by_dispatch, before)
+    if implementation != "reference":
+        assert_same(got, receive_quantised("reference", mesh, case))

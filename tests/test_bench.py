@@ -21,13 +21,14 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
-from jax_ep.bench import baselines, report, stages, stock, stress, timing, verify
-from jax_ep.bench.ops import all_ops
+from jax_ep.bench import baselines, report, rows, stages, stock, stress, timing, verify
+from jax_ep.bench.layer import Layer, Received
+from jax_ep.bench.ops import all_ops, num_ops
 from jax_ep.bench.problem import Problem
 from jax_ep.bench.results import Baseline, Ceilings, Row, Times, fastest
 from jax_ep.bench.workloads import WORKLOADS, Traffic, Workload
 
-TINY = WORKLOADS["tiny"]
+TINY, TINY_DECODE = WORKLOADS["tiny"], WORKLOADS["tiny-decode"]
 THREE_EXPERTS = dataclasses.replace(TINY, topk=3)
 NUM_RANKS = 4
 NUM_CALLS = 5
@@ -45,17 +46,31 @@ def problem(mesh):
         yield problem
 
 
+@pytest.fixture(scope="module")
+def decode_problem(mesh):
+    with Problem(TINY_DECODE, mesh) as problem:
+        yield problem
+
+
+@pytest.fixture(params=["high_throughput", "low_latency"])
+def either_problem(request):
+    return request.getfixturevalue("problem" if request.param == "high_throughput" else "decode_problem")
+
+
 # What is timed.
 
 
-def compiled_texts(mesh, fn, changing, fixed) -> tuple[str, str, int]:
-    one, many = (timing.compile_chain(fn, mesh, changing, fixed, calls).as_text() for calls in (1, NUM_CALLS))
+def compiled_texts(mesh, fn, changing, fixed, **how) -> tuple[str, str, int]:
+    one, many = (timing.compile_chain(fn, mesh, changing, fixed, calls, **how).as_text() for calls in (1, NUM_CALLS))
     return one, many, max(leaf.nbytes for leaf in jax.tree.leaves((changing, fixed))) // mesh.size
 
 
-def test_chain_makes_every_call_and_no_copies(problem, mesh):
-    for op in all_ops(problem):
-        one, many, operand_bytes = compiled_texts(mesh, op.fn, op.changing, op.fixed)
+def test_chain_makes_every_call_and_no_copies(either_problem, mesh):
+    ops = all_ops(either_problem)
+    assert len(ops) == num_ops(either_problem.workload)
+    for op in ops:
+        how = dict(kept=op.kept, feeds_back=op.feeds_back)
+        one, many, operand_bytes = compiled_texts(mesh, op.fn, op.changing, op.fixed, **how)
         assert timing.count_calls(one, timing.OUR_CALLS) == op.num_calls, op.name
         assert timing.count_calls(many, timing.OUR_CALLS) == NUM_CALLS * op.num_calls, op.name
         assert timing.count_copies(many, operand_bytes // 16) == 0, op.name
@@ -71,6 +86,37 @@ def test_chain_makes_every_collective(problem, mesh):
     # Labels, and tokens there and back.
     assert timing.count_calls(one, timing.COLLECTIVES) == 3
     assert timing.count_calls(many, timing.COLLECTIVES) == 3 * NUM_CALLS
+
+
+def test_what_a_low_latency_dispatch_received_does_not_outlive_it(decode_problem, mesh):
+    for op in all_ops(decode_problem)[:2]:
+        compiled = timing.compile_chain(op.fn, mesh, op.changing, op.fixed, NUM_CALLS, kept=op.kept)
+        local_experts = (TINY_DECODE.num_experts,)
+        assert [out.shape for out in jax.tree.leaves(compiled.out_info)] == [local_experts] * NUM_CALLS
+
+
+def test_feeding_back_is_calling_again(decode_problem, mesh):
+    op = next(op for op in all_ops(decode_problem) if op.name == "forward")
+    assert op.feeds_back
+    (got,) = timing.compile_chain(op.fn, mesh, op.changing, op.fixed, 3, feeds_back=True)((op.changing,), op.fixed)
+    want = op.changing
+    for _ in range(3):
+        want = decode_problem.map(op.fn, want, *op.fixed)
+    assert verify.num_different(got, want) == 0
+    verify.Expected(decode_problem).check_sums(got)
+
+
+def test_short_calls_are_many(mesh):
+    made = []
+
+    def program_of(calls):
+        made.append(calls)
+        return lambda: time.sleep(calls * 1e-4)
+
+    _, calls, per_program = timing._long_enough(program_of, 4, 512, 2, mesh)
+    assert made[0] == 4 and calls == made[-1] >= 40 and per_program >= timing._SHORTEST_PROGRAM_S
+    assert timing._long_enough(program_of, 4, 10, 2, mesh)[1] == 10
+    assert timing._long_enough(program_of, 100, 512, 2, mesh)[1] == 100
 
 
 def test_merged_calls_are_refused(problem, mesh):
@@ -114,6 +160,9 @@ def test_floors_and_fastest():
     assert ceilings.floor_s(Row("a", None, None, link_bytes=100, local_bytes=2000)) == 2e-6
     assert ceilings.floor_s(Row("a", None, None, link_bytes=100, local_bytes=200)) == 1e-6
     assert Ceilings(None, None, None, {}).floor_s(Row("a", None, None, 1, 1)) is None
+    low_latency = Row("a", None, None, link_bytes=100, local_bytes=200, flag_round_trips=1)
+    assert ceilings.floor_s(low_latency) == 2e-7  # by the copy alone: no link floor without its flags
+    assert dataclasses.replace(ceilings, flag_round_trip_s=2e-6).floor_s(low_latency) == 3e-6
     slow, quick = (Baseline("forward", name, {}, Times([t] * 3)) for name, t in (("slow", 2.0), ("quick", 1.0)))
     assert fastest([slow, quick, Baseline("forward", "none", {}, None, "failed")], "forward") == quick
 
@@ -189,6 +238,40 @@ def test_verification_finds_wrong_results(problem):
         verify.expect_close("combine", x.at[3, 5].set(0), x)
 
 
+def low_latency_junk(received: Received) -> Received:
+    """The same with NaN in all slots that hold no token."""
+
+    def on_each_rank(received):
+        tokens = received.tokens
+        holds_token = jnp.arange(tokens.shape[1], dtype=jnp.int32) < received.num_tokens_per_expert[:, None]
+        return received._replace(tokens=jnp.where(holds_token[..., None], tokens, jnp.nan).astype(tokens.dtype))
+
+    spec = P("ep")
+    mesh = received.tokens.sharding.mesh
+    return jax.jit(jax.shard_map(on_each_rank, mesh=mesh, in_specs=spec, out_specs=spec))(received)
+
+
+def test_every_row_is_verified(either_problem):
+    expected, not_verified = verify.Expected(either_problem), {"dispatch backward", "combine backward"}
+    for op in all_ops(either_problem):
+        if op.name in not_verified:
+            continue
+        out = either_problem.map(op.fn, op.changing, *op.fixed)
+        op.verify(expected, out)
+        if op.kept is not None:
+            out = low_latency_junk(out)
+            op.verify(expected, out)
+        with pytest.raises(verify.WrongResult):
+            op.verify(expected, jax.tree.map(lambda a: jnp.roll(a, 1, axis=-1 if a.ndim < 3 else 1), out))
+
+
+def test_rows_with_wrong_results_fail(decode_problem, monkeypatch):
+    monkeypatch.setattr(Layer, "forward_of", lambda layer, x, topk_ids, weights: x * 1.2)
+    expected, (op, *_) = verify.Expected(decode_problem), (o for o in all_ops(decode_problem) if o.name == "forward")
+    row = rows.measure_op(decode_problem, op, expected)
+    assert row.times is None and "WrongResult: combine" in row.error
+
+
 def test_baselines_that_fail_are_reported(problem):
     keys = []
     measured = dict(
@@ -204,19 +287,19 @@ def test_baselines_that_fail_are_reported(problem):
 # Stress.
 
 
-def run_stress(mesh, num_rounds: int):
-    *_, last = stress.run_stress(TINY, mesh, num_rounds)
-    return last
+@pytest.mark.parametrize("workload", [TINY, TINY_DECODE], ids=lambda workload: workload.name)
+def test_stress_finds_wrong_results(mesh, monkeypatch, workload):
+    def run_stress(mesh, num_rounds: int):
+        *_, last = stress.run_stress(workload, mesh, num_rounds)
+        return last
 
-
-def test_stress_finds_wrong_results(mesh, monkeypatch):
     right = run_stress(mesh, 60)
     assert (right.rounds, right.wrong_sums, right.wrong_rows) == (60, 0, 0)
     dispatch, combine = jax_ep.MoECommunicator.dispatch, jax_ep.MoECommunicator.combine
 
     def misplaced(comm, *args, **kwargs):
         out, handle = dispatch(comm, *args, **kwargs)
-        return dataclasses.replace(out, tokens=jnp.roll(out.tokens, 1, axis=0)), handle
+        return dataclasses.replace(out, tokens=jnp.roll(out.tokens, 1, axis=out.tokens.ndim - 2)), handle
 
     with monkeypatch.context() as patched:
         patched.setattr(jax_ep.MoECommunicator, "combine", lambda *args: combine(*args).at[0, 0].add(1))
@@ -224,6 +307,19 @@ def test_stress_finds_wrong_results(mesh, monkeypatch):
         assert (wrong.wrong_sums, wrong.wrong_rows) == (10, 0)
     monkeypatch.setattr(jax_ep.MoECommunicator, "dispatch", misplaced)
     assert run_stress(mesh, 10).wrong_rows > 5
+
+
+def test_low_latency_stress_draws_distinct_experts_and_idle_ranks(mesh):
+    draw = jax.shard_map(
+        lambda index: stress._draw(TINY_DECODE, index).topk_ids, mesh=mesh, in_specs=P(), out_specs=P("ep")
+    )
+    draws = np.stack([np.asarray(jax.jit(draw)(index)) for index in range(20)])
+    draws = draws.reshape(20, NUM_RANKS, TINY_DECODE.num_tokens, TINY_DECODE.topk)
+    assert draws.min() == -1 and TINY_DECODE.num_experts > draws.max() > TINY_DECODE.num_experts // 2
+    first, second = draws[..., 0], draws[..., 1]
+    assert not ((first == second) & (first >= 0)).any()
+    is_idle = (draws == -1).all((2, 3))
+    assert 0 < is_idle.mean() < 0.5 and len(np.unique((draws >= 0).any(-1).sum(-1))) > 5
 
 
 # Stages.
@@ -291,7 +387,7 @@ def test_command(tmp_path):
     for text in ("Ceilings: copy", "x floor", "times faster", "against", "failed: not available on cpu"):
         assert text in output
     results = json.loads(file.read_text())
-    assert [summary["row"]["error"] for summary in results["rows"]] == [None] * 7
+    assert [summary["row"]["error"] for summary in results["rows"]] == [None] * 8
     assert [bool(summary["best_stock"]) for summary in results["rows"]].count(True) == 4
     assert [comparison["error"] for comparison in results["comparisons"]] == [None] * 11
     assert {baseline["op"] for baseline in results["baselines"].values() if baseline["times"]} == {
@@ -303,6 +399,22 @@ def test_command(tmp_path):
     assert results["environment"]["devices"] == "2x cpu" and results["problem"]["implementation"] == "cpu"
     assert results["ceilings"]["copy_bytes_per_s"] > 0 and results["command"]
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_command_in_low_latency_mode(tmp_path):
+    file = tmp_path / "out.json"
+    output = run_bench("--workload", "tiny-decode", "--devices", 2, "--comparisons", "--json", file)
+    assert "low latency, output [8, 32, 64] per rank" in output and "forward, 1 token per rank" in output
+    results = json.loads(file.read_text())
+    assert [summary["row"]["error"] for summary in results["rows"]] == [None] * 6
+    assert [comparison["name"] for comparison in results["comparisons"]] == [
+        "forward, no command buffers",
+        "forward, command buffers as by default",
+    ]
+    assert [comparison["error"] for comparison in results["comparisons"]] == [None] * 2
+    assert "forward + backward" not in {baseline["op"] for baseline in results["baselines"].values()}
+    output = run_bench("--workload", "tiny-decode", "--devices", 2, "--stress", 20)
+    assert "0 with wrong sums, 0 with wrong rows" in output
 
 
 def test_command_with_two_processes(tmp_path):

@@ -1,5 +1,6 @@
 """What bad input gets: an error of the right type that names the argument, what was expected and what came."""
 
+import dataclasses
 import re
 import sys
 
@@ -9,10 +10,10 @@ import numpy as np
 import pytest
 import suite
 from jax.sharding import PartitionSpec as P
-from suite import FLAT, Case
+from suite import EXPERT_MAJOR, FLAT, LOW_LATENCY, Case
 
 import jax_ep
-from jax_ep import MoECommunicator, MoECommunicatorConfig, _ffi
+from jax_ep import DispatchLayout, MoECommunicator, MoECommunicatorConfig, MoEMode, QuantConfig, _ffi, _quant
 
 
 def raises(error: type[Exception], argument: str, expected: str, got: str):
@@ -58,7 +59,9 @@ def comm(implementation, mesh, case):
         (ValueError, "overflow", "ignore", '"error" or "drop"'),
         (ValueError, "mode", "high_throughput", "a MoEMode"),
         (ValueError, "output_layout", "flat", "a DispatchLayout"),
+        (ValueError, "output_layout", EXPERT_MAJOR, "FLAT or RANK_MAJOR in mode HIGH_THROUGHPUT"),
         (ValueError, "dtype", "int8", "'bfloat16', 'float16', 'float32', 'float64'"),
+        (TypeError, "dtype", "float4", "one of ['bfloat16', 'float16', 'float32', 'float64']"),
         (TypeError, "num_experts", 4.0, "an int"),
         (TypeError, "hidden_size", "8", "an int"),
         (TypeError, "topk", True, "an int"),
@@ -67,6 +70,29 @@ def comm(implementation, mesh, case):
 def test_argument_of_the_constructor(implementation, mesh, case, error, argument, value, expected):
     with raises(error, argument, expected, str(value)):
         suite.communicator(implementation, mesh, case, **{argument: value})
+
+
+@pytest.mark.parametrize(
+    "argument, value, expected",
+    [
+        ("max_recv_tokens_per_rank", 8, "None with output_layout EXPERT_MAJOR"),
+        ("expert_alignment", 2, "1 with output_layout EXPERT_MAJOR"),
+        ("max_tokens_per_rank", 2**31, "fewer than 2**31 rows"),
+    ],
+)
+def test_argument_of_the_constructor_beside_expert_major(implementation, mesh, case, argument, value, expected):
+    case = dataclasses.replace(case, mode=LOW_LATENCY, layout=EXPERT_MAJOR)
+    got = "" if argument == "max_tokens_per_rank" else str(value)
+    with raises(ValueError, argument, expected, got):
+        suite.communicator(implementation, mesh, case, **{argument: value})
+
+
+def test_default_layouts(implementation, mesh, case):
+    for mode, layout in ((MoEMode.HIGH_THROUGHPUT, FLAT), (MoEMode.LOW_LATENCY, EXPERT_MAJOR)):
+        with suite.communicator(implementation, mesh, case, mode=mode, output_layout=None) as comm:
+            assert comm.config.output_layout is layout
+            flat = (comm.capacity,)
+            assert comm.rows_shape == (flat if layout is FLAT else (comm.num_local_experts, 4 * comm.num_ranks))
 
 
 def test_experts_that_cannot_be_shared_equally(implementation):
@@ -167,6 +193,81 @@ def test_argument_of_dispatch(comm, error, argument, value, expected, got):
         del given["topk_ids"]
     with raises(error, argument, expected, got):
         on_each_rank(comm, lambda: comm.dispatch(**given)[0].tokens)
+
+
+INT8 = dict(dtype="int8", block_size=4)
+
+
+@pytest.mark.parametrize(
+    "error, argument, value, expected, got",
+    [
+        (TypeError, "quant", "float8_e4m3fn", "a QuantConfig", "str"),
+        (ValueError, "quant.dtype", dict(dtype=jnp.float16), "'float8_e4m3fn', 'float8_e5m2', 'int8'", "float16"),
+        (TypeError, "quant.dtype", dict(dtype="float4"), "a dtype, one of ['float8_e4m3fn'", "'float4'"),
+        (ValueError, "quant.scale_dtype", dict(scale_dtype=jnp.bfloat16), "'float32', 'float8_e8m0fnu'", "bfloat16"),
+        (ValueError, "quant.block_size", dict(), "a divisor of the hidden size 32", "128"),
+        (ValueError, "quant.block_size", dict(block_size=12), "a divisor of the hidden size 32", "12"),
+        (ValueError, "quant.block_size", dict(block_size=0), "at least 1", "0"),
+        (TypeError, "quant.block_size", dict(block_size=4.0), "an int", "float 4.0"),
+        (TypeError, "quant.scales", INT8 | dict(scales=1.0), "an array", "float"),
+        (ValueError, "quant.scales", INT8 | dict(scales=np.ones(4, np.float32)), "shape [4, 8]", "shape [4]"),
+        (ValueError, "quant.scales", INT8 | dict(scales=np.ones((4, 2), np.float32)), "shape [4, 8]", "shape [4, 2]"),
+        (TypeError, "quant.scales", INT8 | dict(scales=np.ones((4, 8), np.float16)), "dtype float32", "float16"),
+        (TypeError, "x", INT8 | dict(block_size=8), "dtype float32", "int8"),
+        (TypeError, "x", dict(block_size=8, scales=np.ones((4, 4), np.float32)), "dtype float8_e4m3fn", "int8"),
+    ],
+)
+def test_argument_of_a_quantised_dispatch(implementation, mesh, case, error, argument, value, expected, got):
+    quant = QuantConfig(**value) if isinstance(value, dict) else value
+    with suite.communicator(implementation, mesh, dataclasses.replace(case, hidden_size=32)) as comm:
+        given = arguments(x=jnp.ones((4, 32), jnp.int8), quant=quant)
+        with raises(error, argument, expected, got):
+            on_each_rank(comm, lambda: comm.dispatch(**given)[0].tokens)
+
+
+def test_quantised_rows_that_gpus_cannot_move():
+    if suite.missing("cuda"):
+        pytest.skip(suite.missing("cuda"))
+    with suite.communicator("cuda", suite.make_mesh("cuda", 1), Case(num_ranks=1, hidden_size=16)) as comm:
+        given = arguments(x=jnp.ones((4, 16), jnp.float32), quant=QuantConfig(block_size=16))
+        with raises(ValueError, "quant", "a hidden size of a multiple of 32 on CUDA", "16"):
+            on_each_rank(comm, lambda: comm.dispatch(**given)[0].tokens)
+
+
+@pytest.mark.parametrize("layout", DispatchLayout, ids=suite.arrangement_id)
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int8"])
+def test_gradients_of_quantised_tokens(implementation, mesh, case, layout, dtype):
+    """Which stand for nothing without their scales: neither has one, but by way of dequantize."""
+    quant = QuantConfig(dtype=dtype, block_size=16)
+    case = dataclasses.replace(case, hidden_size=32, mode=LOW_LATENCY, layout=layout)
+    with suite.communicator(implementation, mesh, case) as comm:
+
+        def loss(x):
+            given = arguments(quant=quant) | dict(x=x)
+            out, handle = comm.dispatch(**given)
+            scales = jnp.repeat(out.quant.scales, 16, axis=-1)
+            return comm.combine(out.tokens.astype(jnp.float32) * scales, handle).sum()
+
+        def gradient():
+            return jax.grad(loss)(jax.lax.pcast(jnp.ones((4, 32), jnp.float32), "ep", to="varying"))
+
+        with raises(TypeError, "tokens", "a gradient by way of jax_ep.dequantize(out)", "quantised tokens"):
+            on_each_rank(comm, gradient)
+
+
+def test_dequantize_of_plain_rows(comm):
+    with raises(ValueError, "out", "the output of a dispatch with quant", "plain rows"):
+        on_each_rank(comm, lambda: jax_ep.dequantize(comm.dispatch(**arguments())[0]))
+
+
+def test_quant_config_as_a_static_argument_and_as_a_pytree():
+    assert len({QuantConfig(), QuantConfig(block_size=32), QuantConfig()}) == 2
+    x = jnp.ones((4, 32), jnp.float32)
+    quantize = jax.jit(_quant.quantize, static_argnums=1)
+    scales = quantize(x, QuantConfig(block_size=16))[1]
+    config = jax.jit(lambda config: config)(QuantConfig(block_size=16, scales=scales))
+    assert config.block_size == 16
+    suite.assert_same(config.scales, scales)
 
 
 def test_topk_ids_beside_previous_handle(comm):

@@ -6,6 +6,8 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parents[1]
 TIMEOUT_S = 240
 
@@ -34,6 +36,15 @@ def test_train_moe_lm(native_implementation, tmp_path):
     assert "One step is the reference implementation's" in output
     assert "unigram entropy" in output
     assert (tmp_path / "out" / "train_moe_lm.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("options", ["", "--fp8"])
+def test_decode(native_implementation, tmp_path, options):
+    sizes = "--train-steps 0 --steps 12".split()
+    output = run_python(native_implementation, tmp_path, ROOT / "examples" / "decode.py", *sizes, *options.split())
+    assert f"implementation {native_implementation}" in output and "tokens/s" in output
+    assert "The expression |" in output
+    assert "The text is the reference implementation's" in output
 
 
 def test_readme(native_implementation, tmp_path):

@@ -12,11 +12,12 @@ import suite
 from hypothesis import strategies as st
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from suite import FLAT, RANK_MAJOR, Case
+from suite import EXPERT_MAJOR, FLAT, LOW_LATENCY, RANK_MAJOR, Case
 
+import jax_ep
 from jax_ep import CapacityError, ExpertIdError
 
-LAYOUTS = pytest.mark.parametrize("layout", [FLAT, RANK_MAJOR], ids=lambda layout: layout.value)
+ARRANGEMENTS = pytest.mark.parametrize("mode, layout", suite.ARRANGEMENTS, ids=suite.arrangement_id)
 
 
 def no_tokens_crash(implementation: str) -> bool:
@@ -33,19 +34,28 @@ def cases(draw, implementation: str) -> Case:
     hidden_step = 16 // jnp.dtype(dtype).itemsize if implementation == "cuda" else 1
     least = int(no_tokens_crash(implementation))
     num_tokens = draw(st.one_of(st.integers(least, 40), st.integers(least, 300)))
+    mode, layout = draw(st.sampled_from(suite.ARRANGEMENTS))
+    has_slots = layout is EXPERT_MAJOR
+    quant = draw(st.one_of(st.none(), st.sampled_from(suite.QUANTS)))
+    if quant is not None:
+        quant = dataclasses.replace(quant, block_size=draw(st.sampled_from([16, 32, 96])))
     return Case(
         num_ranks=num_ranks,
         num_tokens=num_tokens,
-        hidden_size=hidden_step * draw(st.integers(1, 48 // hidden_step)),
+        hidden_size=hidden_step * draw(st.integers(1, 48 // hidden_step)) if quant is None else 96,
         topk=draw(st.integers(1, 16)),
-        num_experts=num_ranks * draw(st.integers(1, 128 // num_ranks)),
+        # Slots are as many as all tokens, for each expert.
+        num_experts=num_ranks * draw(st.integers(1, (16 if has_slots else 128) // num_ranks)),
         dtype=dtype,
-        layout=draw(st.sampled_from([FLAT, RANK_MAJOR])),
+        mode=mode,
+        layout=layout,
         routing=draw(st.sampled_from(["uniform", "skewed", "single", "empty"])),
         weighted=draw(st.booleans()),
-        expert_alignment=draw(st.sampled_from([1, 1, 4, 16])),
+        expert_alignment=1 if has_slots else draw(st.sampled_from([1, 1, 4, 16])),
         max_tokens_per_rank=num_tokens + draw(st.integers(1, 3)),
         check_vma=draw(st.booleans()),
+        quant=quant,
+        came_quantised=quant is not None and draw(st.booleans()),
         seed=draw(st.integers(0, 1000)),
     )
 
@@ -56,38 +66,46 @@ def test_random_cases(native_implementation, data):
 
 
 def small_case(implementation: str, num_ranks: int = 4, **arguments) -> Case:
+    if implementation != "cuda" and (arguments.get("mode"), arguments.get("layout")) in suite.ARRANGEMENTS[:2]:
+        pytest.skip("only GPUs have code of this mode for this layout; random cases have it everywhere")
     return Case(num_ranks=suite.num_ranks_at_most(implementation, num_ranks), **arguments)
 
 
-@LAYOUTS
+@ARRANGEMENTS
 @pytest.mark.parametrize("routing", ["uniform", "skewed", "single", "empty"])
-def test_routing(implementation, layout, routing):
-    suite.check_case(implementation, small_case(implementation, layout=layout, routing=routing, num_tokens=21))
+def test_routing(implementation, mode, layout, routing):
+    suite.check_case(
+        implementation, small_case(implementation, mode=mode, layout=layout, routing=routing, num_tokens=21)
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@LAYOUTS
-def test_narrow_floats(implementation, dtype, layout):
-    suite.check_case(implementation, small_case(implementation, dtype=dtype, layout=layout, topk=6, num_tokens=33))
+@ARRANGEMENTS
+def test_narrow_floats(implementation, dtype, mode, layout):
+    suite.check_case(
+        implementation, small_case(implementation, dtype=dtype, mode=mode, layout=layout, topk=6, num_tokens=33)
+    )
 
 
-@LAYOUTS
-def test_float64(implementation, layout):
+@ARRANGEMENTS
+def test_float64(implementation, mode, layout):
     with jax.enable_x64(True):
-        suite.check_case(implementation, small_case(implementation, dtype="float64", layout=layout, topk=4))
+        suite.check_case(implementation, small_case(implementation, dtype="float64", mode=mode, layout=layout, topk=4))
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1])
-@LAYOUTS
-def test_few_tokens(implementation, num_tokens, layout):
+@ARRANGEMENTS
+def test_few_tokens(implementation, num_tokens, mode, layout):
     if num_tokens == 0 and no_tokens_crash(implementation):
         pytest.skip("jaxlib 0.11.2 crashes while it compiles the gradients, the reference's alike, see docs/testing.md")
-    suite.check_case(implementation, small_case(implementation, num_tokens=num_tokens, layout=layout, topk=3))
+    suite.check_case(
+        implementation, small_case(implementation, num_tokens=num_tokens, mode=mode, layout=layout, topk=3)
+    )
 
 
-@LAYOUTS
-def test_no_tokens_forward(implementation, layout):
-    case = small_case(implementation, num_tokens=0, layout=layout, topk=3)
+@ARRANGEMENTS
+def test_no_tokens_forward(implementation, mode, layout):
+    case = small_case(implementation, num_tokens=0, mode=mode, layout=layout, topk=3)
     mesh = suite.make_mesh(implementation, case.num_ranks)
     tokens = P(mesh.axis_names)
     with suite.communicator(implementation, mesh, case) as comm:
@@ -96,12 +114,71 @@ def test_no_tokens_forward(implementation, layout):
         @jax.shard_map(mesh=mesh, in_specs=tokens, out_specs=(tokens, tokens, tokens))
         def forward(x, topk_ids, weights):
             out, handle = comm.dispatch(x, topk_ids, weights)
-            return out.tokens, out.layout.num_tokens_per_expert, comm.combine(out.tokens, handle)
+            tokens = jnp.where(suite.holds_token(out)[..., None], out.tokens, 0)
+            return tokens, out.layout.num_tokens_per_expert, comm.combine(out.tokens, handle)
 
         inputs = suite.place(suite.draw(case), mesh, comm.capacity)
         received, num_tokens_per_expert, combined = forward(inputs.x, inputs.topk_ids, inputs.weights)
         assert not received.any() and not num_tokens_per_expert.any()
         assert combined.shape == (0, case.hidden_size)
+
+
+@ARRANGEMENTS
+def test_all_quantisations_of_all_magnitudes(implementation, mode, layout):
+    """In a program that is not differentiated, where slots without a token hold anything."""
+    dtype = "bfloat16" if layout is FLAT else "float32"
+    case = small_case(implementation, mode=mode, layout=layout, hidden_size=128, num_tokens=15, topk=3, dtype=dtype)
+    suite.check_quantised(implementation, case)
+
+
+# Each element type, with float32 and with powers of two, by dispatch and before it.
+@pytest.mark.parametrize("came_quantised", [False, True], ids=["by_dispatch", "before"])
+@ARRANGEMENTS
+def test_quantised_rows(implementation, mode, layout, came_quantised):
+    quant = suite.QUANTS[2 * [FLAT, RANK_MAJOR, EXPERT_MAJOR].index(layout) + came_quantised]
+    sizes = dict(hidden_size=128, num_tokens=17, topk=3, dtype="bfloat16")
+    case = small_case(
+        implementation, mode=mode, layout=layout, quant=quant, came_quantised=came_quantised, check_vma=False, **sizes
+    )
+    suite.check_case(implementation, case)
+
+
+def test_quantised_rows_of_a_poisoned_step(implementation):
+    case = small_case(implementation, hidden_size=128, mode=LOW_LATENCY, layout=EXPERT_MAJOR)
+    mesh = suite.make_mesh(implementation, case.num_ranks)
+    tokens = P(mesh.axis_names)
+    with suite.communicator(implementation, mesh, case) as comm:
+
+        @jax.jit
+        @jax.shard_map(mesh=mesh, in_specs=tokens, out_specs=tokens)
+        def forward(x, topk_ids):
+            outs = [comm.dispatch(x, topk_ids, quant=quant)[0] for quant in suite.QUANTS]
+            return [jax_ep.dequantize(out, x.dtype) for out in outs]
+
+        inputs = suite.place(suite.draw(case), mesh, comm.capacity)
+        bad = with_topk_ids(inputs, mesh, np.full_like(suite.draw(case).topk_ids, 99)).topk_ids
+        for rows in jax.block_until_ready(forward(inputs.x, bad)):
+            assert all(np.isnan(part).all() for _, part in suite.local(rows))
+        with pytest.raises(ExpertIdError):
+            comm.check()
+
+
+@pytest.mark.parametrize("quant", suite.QUANTS[:1] + suite.QUANTS[-1:], ids=["float8_float32", "int8_powers_of_two"])
+def test_quantised_rows_in_a_scan_with_remat(implementation, quant):
+    """Layers of equal routing, and one without a scan."""
+    case = small_case(implementation, hidden_size=128, mode=LOW_LATENCY, layout=EXPERT_MAJOR, quant=quant)
+    with suite.communicator(implementation, suite.make_mesh(implementation, case.num_ranks), case) as comm:
+
+        def layer(x, topk_ids, weights, factors):
+            def body(handle, x):
+                out, handle = comm.dispatch(x, None, weights, previous_handle=handle, quant=quant)
+                return handle, comm.combine(suite.apply_experts(out, factors, x.dtype), handle)
+
+            _, handle = comm.dispatch(x, topk_ids, weights)
+            scanned = jax.lax.scan(jax.checkpoint(body), handle, jnp.stack([x, x]))[1]
+            return scanned.sum(0) / 2, body(handle, x)[1]
+
+        programs.assert_close(*run_two_ways(comm, case, layer))
 
 
 def test_long_rows(native_implementation):
@@ -125,23 +202,24 @@ def test_independent_groups(implementation, ep_first):
     suite.check_case(implementation, Case(num_ranks=max(2, num_ranks)), mesh)
 
 
-@pytest.mark.parametrize("layout, capacity", [(FLAT, 40), (RANK_MAJOR, 25)], ids=["flat", "rank_major"])
+@ARRANGEMENTS
 @pytest.mark.parametrize("routing", ["uniform", "single"])
-def test_drop(native_implementation, layout, capacity, routing):
+def test_drop(native_implementation, mode, layout, routing):
     case = small_case(
         native_implementation,
         num_tokens=30,
         topk=3,
+        mode=mode,
         layout=layout,
         routing=routing,
-        capacity=capacity,
+        capacity={FLAT: 40, RANK_MAJOR: 25, EXPERT_MAJOR: None}[layout],
         overflow="drop",
-        expert_alignment=4,
+        expert_alignment=1 if layout is EXPERT_MAJOR else 4,
     )
     suite.check_case(native_implementation, case)
 
 
-@LAYOUTS
+@pytest.mark.parametrize("layout", [FLAT, RANK_MAJOR], ids=suite.arrangement_id)
 def test_dropped_rows_contribute_nothing(implementation, layout):
     # Every row goes to the same expert, so that the last tokens of the last ranks are dropped.
     case = small_case(implementation, num_tokens=8, topk=1, routing="single", layout=layout, overflow="drop")
@@ -181,16 +259,20 @@ def assert_fails_once(comm, case: Case, bad_topk_ids: np.ndarray, error, text: s
     comm.check()
 
 
-@LAYOUTS
-def test_overflow_is_an_error(implementation, layout):
-    case = small_case(implementation, num_tokens=8, topk=2, layout=layout)
+@ARRANGEMENTS
+def test_overflow_is_an_error(implementation, mode, layout):
+    case = small_case(implementation, num_tokens=8, topk=2, mode=mode, layout=layout)
     mesh = suite.make_mesh(implementation, case.num_ranks)
-    num_rows = 8 * case.num_ranks * (2 if layout is FLAT else 1)
-    with suite.communicator(implementation, mesh, case, max_recv_tokens_per_rank=num_rows - 1) as comm:
-        all_to_the_last = np.full((8 * case.num_ranks, 2), case.num_experts - 1, np.int32)
-        text = (
-            f"max_recv_tokens_per_rank: expected at least {num_rows}.* rank {case.num_ranks - 1} .*got {num_rows - 1}"
-        )
+    num_tokens = 8 * case.num_ranks
+    num_rows = num_tokens * (1 if layout is RANK_MAJOR else 2)
+    if layout is EXPERT_MAJOR:  # whose experts have slots for all tokens, if each names it once
+        capacity = None
+        text = f"topk_ids: expected at most {num_tokens} rows for an expert, got {num_rows} on rank {mesh.size - 1},"
+    else:
+        capacity = num_rows - 1
+        text = f"max_recv_tokens_per_rank: expected at least {num_rows}.* rank {mesh.size - 1} .*got {capacity}"
+    with suite.communicator(implementation, mesh, case, max_recv_tokens_per_rank=capacity) as comm:
+        all_to_the_last = np.full((num_tokens, 2), case.num_experts - 1, np.int32)
         assert_fails_once(comm, case, all_to_the_last, CapacityError, text)
 
 
@@ -216,10 +298,10 @@ def test_the_next_call_raises_what_went_wrong(implementation):
         suite.assert_dense(case, suite.draw(case), jax.block_until_ready(another_step(inputs)))
 
 
-@LAYOUTS
-def test_finite_differences(implementation, layout):
+@ARRANGEMENTS
+def test_finite_differences(implementation, mode, layout):
     """The layer is linear in each argument, so that any step gives the derivative up to rounding."""
-    case = small_case(implementation, num_ranks=2, num_tokens=5, hidden_size=8, num_experts=8, layout=layout)
+    case = small_case(implementation, num_ranks=2, num_tokens=5, hidden_size=8, num_experts=8, mode=mode, layout=layout)
     with suite.communicator(implementation, suite.make_mesh(implementation, case.num_ranks), case) as comm:
         step, inputs = step_and_inputs(comm, case)
         gradients = jax.block_until_ready(step(inputs)).gradients
@@ -265,9 +347,9 @@ def run_two_ways(comm, case: Case, layer):
     return jax.block_until_ready(run(inputs))
 
 
-@LAYOUTS
-def test_previous_handle_is_as_good_as_its_topk_ids(implementation, layout):
-    case = small_case(implementation, num_tokens=11, topk=3, layout=layout)
+@ARRANGEMENTS
+def test_previous_handle_is_as_good_as_its_topk_ids(implementation, mode, layout):
+    case = small_case(implementation, num_tokens=11, topk=3, mode=mode, layout=layout)
     with suite.communicator(implementation, suite.make_mesh(implementation, case.num_ranks), case) as comm:
 
         def layer(x, topk_ids, weights, factors):
@@ -322,9 +404,9 @@ def test_many_calls_in_flight_among_native_collectives(native_implementation):
     programs.check_many_branches(native_implementation, mesh)
 
 
-@LAYOUTS
-def test_scan_with_remat(native_implementation, layout):
-    case = small_case(native_implementation, layout=layout)
+@ARRANGEMENTS
+def test_scan_with_remat(native_implementation, mode, layout):
+    case = small_case(native_implementation, mode=mode, layout=layout)
     programs.check_scan(native_implementation, suite.make_mesh(native_implementation, case.num_ranks), case)
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from jax_ep import DispatchLayout, _shapes
 
-FLAT, RANK_MAJOR = DispatchLayout.FLAT, DispatchLayout.RANK_MAJOR
+FLAT, RANK_MAJOR, EXPERT_MAJOR = DispatchLayout.FLAT, DispatchLayout.RANK_MAJOR, DispatchLayout.EXPERT_MAJOR
 
 
 def worst_case_by_trial(num_local_experts: int, num_rows: int, alignment: int) -> int:
@@ -22,14 +22,14 @@ def capacity(**overrides) -> int:
     return _shapes.worst_case_capacity(**arguments | overrides)
 
 
-def moe_shape(layout: DispatchLayout) -> _shapes.MoEShape:
+def moe_shape(layout: DispatchLayout, capacity: int = 100) -> _shapes.MoEShape:
     return _shapes.MoEShape(
         num_ranks=4,
         num_experts=32,
         topk=6,
         hidden_size=64,
         max_tokens_per_rank=10,
-        capacity=100,
+        capacity=capacity,
         expert_alignment=1,
         layout=layout,
     )
@@ -50,6 +50,17 @@ def test_shape_of_flat():
 def test_shape_of_rank_major():
     shape = moe_shape(RANK_MAJOR)
     assert (shape.num_local_experts, shape.rows_per_token, shape.num_row_groups) == (8, 1, 4)
+
+
+def test_shape_of_expert_major():
+    shape = moe_shape(EXPERT_MAJOR, capacity=8 * 40)
+    assert (shape.num_local_experts, shape.rows_per_token, shape.num_row_groups) == (8, 6, 8)
+    assert shape.slots_per_expert == 40
+
+
+def test_capacity_of_expert_major_has_slots_for_all_tokens_at_each_expert():
+    assert capacity(layout=EXPERT_MAJOR) == 4 * 2 * 8
+    assert capacity(layout=EXPERT_MAJOR, topk=1) == 4 * 2 * 8
 
 
 def test_capacity_without_padding_holds_all_rows_of_all_ranks():

@@ -19,7 +19,7 @@ import pytest
 import suite
 from jax._src import distributed
 from jax.sharding import PartitionSpec as P
-from suite import RANK_MAJOR, Case
+from suite import EXPERT_MAJOR, FLAT, LOW_LATENCY, QUANTS, RANK_MAJOR, Case
 
 from jax_ep import PeerTimeoutError, _bootstrap
 
@@ -46,9 +46,14 @@ def check_suite(task: Task) -> None:
         Case(num_ranks, num_tokens=21, topk=5, expert_alignment=4),
         Case(num_ranks, num_tokens=13, topk=3, layout=RANK_MAJOR, dtype="bfloat16", check_vma=False),
         Case(num_ranks, num_tokens=30, routing="skewed", capacity=40, overflow="drop", weighted=False),
+        Case(num_ranks, num_tokens=11, mode=LOW_LATENCY, layout=RANK_MAJOR),
+        Case(num_ranks, num_tokens=19, topk=4, mode=LOW_LATENCY, layout=EXPERT_MAJOR, hidden_size=128, quant=QUANTS[1]),
     ]
     for case in cases:
         suite.check_case(task.implementation, case, mesh)
+    for layout in (FLAT, EXPERT_MAJOR):
+        case = Case(num_ranks, mode=LOW_LATENCY, layout=layout, hidden_size=128, dtype="bfloat16")
+        suite.check_quantised(task.implementation, case, mesh)
     programs.check_scan(task.implementation, mesh, cases[0])
     programs.check_many_branches(task.implementation, mesh, num_branches=8, times=3)
     if num_ranks == 4:

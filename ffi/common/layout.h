@@ -16,7 +16,10 @@ namespace jax_ep {
 
 // Values are part of the contract with jax_ep/_ffi.py.
 enum class DType : int32_t { kF16 = 0, kBF16 = 1, kF32 = 2, kF64 = 3 };
-enum class OutputLayout : int32_t { kFlat = 0, kRankMajor = 1 };
+enum class OutputLayout : int32_t { kFlat = 0, kRankMajor = 1, kExpertMajor = 2 };
+// What quantised rows hold, and the scale of each block of their elements.
+enum class QuantDType : int32_t { kE4M3 = 0, kE5M2 = 1, kInt8 = 2 };
+enum class ScaleDType : int32_t { kF32 = 0, kE8M0 = 1 };
 enum class ErrorCode : int32_t { kNone = 0, kOverflow = 1, kBadExpertId = 2, kTimeout = 3 };
 
 // What every rank of a communicator agrees on.
@@ -31,6 +34,7 @@ struct MoEShape {
   OutputLayout layout = OutputLayout::kFlat;
   DType dtype = DType::kF32;
   bool drop_overflow = false;
+  bool low_latency = false;
 
   JAX_EP_HOST_DEVICE int32_t local_experts() const { return num_experts / num_ranks; }
   JAX_EP_HOST_DEVICE int64_t element_bytes() const {
@@ -41,6 +45,8 @@ struct MoEShape {
   JAX_EP_HOST_DEVICE int32_t rows_per_token() const {
     return layout == OutputLayout::kRankMajor ? 1 : topk;
   }
+  // With kExpertMajor every local expert has as many rows, from its own first one on.
+  JAX_EP_HOST_DEVICE int64_t slots_per_expert() const { return capacity / local_experts(); }
   // Groups that the output rows are sorted by: local experts, or source ranks.
   JAX_EP_HOST_DEVICE int32_t num_row_groups() const {
     return layout == OutputLayout::kRankMajor ? num_ranks : local_experts();

@@ -19,6 +19,18 @@ struct RouteParams {
   int32_t* recv_topk_ids;          // [C, K] written for kRankMajor: local expert ids or -1
 };
 
+// How rows travel in a dispatch: as they are or, with a `block`, quantised, with a scale for each
+// block of elements. See jax_ep/_quant.py for what a quantised row is.
+struct QuantParams {
+  int32_t block = 0;  // elements that share a scale; 0: rows are not quantised
+  QuantDType dtype = QuantDType::kE4M3;
+  ScaleDType scale_dtype = ScaleDType::kF32;
+  const void* scales = nullptr;  // [T, H / block] of an x that is quantised already; else null
+  void* row_scales = nullptr;    // [C, H / block] written
+
+  JAX_EP_HOST_DEVICE int64_t scale_bytes() const { return scale_dtype == ScaleDType::kF32 ? 4 : 1; }
+};
+
 // Moves x to the ranks of its experts. With `y`, the gradient of combine: x is the gradient of the
 // combined output, and each row leaves scaled by its routing weight, beside its dot product with y.
 struct DispatchParams {
@@ -30,6 +42,21 @@ struct DispatchParams {
   const float* row_weights;  // [C] with y, else null
   void* tokens;              // [C, H] written
   float* row_scalars;  // [C, weights_per_row], or null: the weights, or with y the dot products
+  bool fill;           // with kExpertMajor: zero the slots that hold no token, too
+  QuantParams quant;   // never with y
+
+  // Whether x is still to be quantised.
+  JAX_EP_HOST_DEVICE bool quantises() const { return quant.block != 0 && quant.scales == nullptr; }
+  // Of a row as it leaves in `tokens`, and as it is in `x`.
+  JAX_EP_HOST_DEVICE int64_t row_bytes(const MoEShape& shape) const {
+    return quant.block == 0 ? shape.row_bytes() : shape.hidden_size;
+  }
+  JAX_EP_HOST_DEVICE int64_t x_row_bytes(const MoEShape& shape) const {
+    return quant.scales == nullptr ? shape.row_bytes() : shape.hidden_size;
+  }
+  JAX_EP_HOST_DEVICE int64_t scale_row_bytes(const MoEShape& shape) const {
+    return quant.block == 0 ? 0 : shape.hidden_size / quant.block * quant.scale_bytes();
+  }
 };
 
 // A dispatch that makes its own routing: one exchange on GPUs, where payload need not wait for

@@ -15,6 +15,18 @@ constexpr int64_t kTokensPerPiece = 64;
 
 Phase PhaseOf(const OpParams& params) { return static_cast<Phase>(params.index()); }
 
+// Tells apart inputs of an op that lie in a lane in different ways; see LaneContent.
+int64_t InputKind(const RouteParams&) { return 0; }
+int64_t InputKind(const DispatchParams& p) {
+  const QuantParams& quant = p.quant;
+  const int64_t plain = int64_t{p.weights != nullptr} | int64_t{p.y != nullptr} << 1;
+  if (quant.block == 0) return plain;
+  return plain | int64_t{quant.scales != nullptr} << 2 | int64_t{1} << 3 |
+         static_cast<int64_t>(quant.dtype) << 4 | static_cast<int64_t>(quant.scale_dtype) << 6 |
+         int64_t{quant.block} << 8;
+}
+int64_t InputKind(const CombineParams& p) { return p.row_scalars != nullptr; }
+
 int64_t NumPieces(int64_t n, int64_t per_piece) { return (n + per_piece - 1) / per_piece; }
 
 int MaxLocalRanks(const CommunicatorSpec& spec) {
@@ -95,7 +107,11 @@ std::string Communicator::Connect(int32_t process, PeerSegment segment) {
 
 LaneContent Communicator::Job::content() const {
   const OpParams& params = arrivals[0].params;
-  return {key, PhaseOf(params), std::visit([](const auto& op) { return op.num_tokens; }, params)};
+  return std::visit(
+      [&](const auto& op) {
+        return LaneContent{key, PhaseOf(params), op.num_tokens, InputKind(op)};
+      },
+      params);
 }
 
 int Communicator::NumLocal(int group) const {
@@ -288,7 +304,9 @@ void Communicator::PublishRank(const Job& job, const Arrival& arrival, std::byte
     put(layout_.topk_ids, route->topk_ids, route->num_tokens * shape.topk * 4);
   } else if (const auto* dispatch = std::get_if<DispatchParams>(&arrival.params)) {
     const int64_t tokens = dispatch->num_tokens;
-    put(layout_.x, dispatch->x, tokens * shape.row_bytes());
+    put(layout_.x, dispatch->x, tokens * dispatch->x_row_bytes(shape));
+    if (dispatch->quant.scales != nullptr)
+      put(layout_.scales, dispatch->quant.scales, tokens * dispatch->scale_row_bytes(shape));
     if (dispatch->weights != nullptr)
       put(layout_.weights, dispatch->weights, tokens * shape.topk * 4);
   } else {
@@ -363,37 +381,31 @@ void Communicator::ComputeRoute(const Job& job, const RemoteRanks& remote) {
 }
 
 void Communicator::ComputeDispatch(const Job& job, const RemoteRanks& remote) {
-  const int64_t ranks = spec_.shape.num_ranks;
-  const bool weighted = std::get<DispatchParams>(job.arrivals[0].params).weights != nullptr;
   std::vector<DispatchSource> sources(remote.size());
-  for (size_t rank = 0; rank < remote.size(); ++rank) {
-    const std::byte* at = remote[rank];
-    if (at == nullptr) continue;
-    sources[rank] = {at + layout_.x,
-                     weighted ? reinterpret_cast<const float*>(at + layout_.weights) : nullptr};
-  }
+  std::vector<const DispatchParams*> local;
   for (const Arrival& arrival : job.arrivals) {
-    const auto& params = std::get<DispatchParams>(arrival.params);
-    sources[arrival.rank] = {static_cast<const std::byte*>(params.x), params.weights};
+    const auto* params = local.emplace_back(&std::get<DispatchParams>(arrival.params));
+    sources[arrival.rank] = {static_cast<const std::byte*>(params->x),
+                             static_cast<const std::byte*>(params->quant.scales), params->weights};
   }
-  Pieces pieces(kTokensPerPiece);
-  for (size_t i = 0; i < job.arrivals.size(); ++i) {
-    const auto& params = std::get<DispatchParams>(job.arrivals[i].params);
-    const bool poisoned = params.tables.status[kCode] != 0;
-    for (int64_t source = 0; source < ranks && !poisoned; ++source)
-      pieces.Add(i * ranks + source, params.num_tokens);
-  }
-  pieces.ForEach([&](int64_t index, int64_t begin, int64_t end) {
-    const Arrival& arrival = job.arrivals[index / ranks];
-    const int source = static_cast<int>(index % ranks);
-    ExpandTokens(spec_.shape, source, sources[source], std::get<DispatchParams>(arrival.params),
-                 begin, end);
+  const DispatchParams& any = *local.front();
+  for (size_t rank = 0; rank < remote.size(); ++rank)
+    if (const std::byte* at = remote[rank]; at != nullptr)
+      sources[rank] = {
+          at + layout_.x, any.quant.scales == nullptr ? nullptr : at + layout_.scales,
+          any.weights == nullptr ? nullptr : reinterpret_cast<const float*>(at + layout_.weights)};
+  const auto num_local = static_cast<int64_t>(local.size());
+  // Poisoned are all ranks or none.
+  if (any.tables.status[kCode] != 0)
+    return ParallelFor(num_local, [&](int64_t i) { PoisonDispatch(spec_.shape, *local[i]); });
+  // A token goes to all local ranks at a time, so that it is read, or quantised, once.
+  Pieces pieces(std::max<int64_t>(1, kTokensPerPiece / num_local));
+  for (size_t source = 0; source < sources.size(); ++source)
+    pieces.Add(static_cast<int64_t>(source), any.num_tokens);
+  pieces.ForEach([&](int64_t source, int64_t begin, int64_t end) {
+    ExpandTokens(spec_.shape, static_cast<int>(source), sources[source], local, begin, end);
   });
-  ParallelFor(static_cast<int64_t>(job.arrivals.size()), [&](int64_t i) {
-    const auto& params = std::get<DispatchParams>(job.arrivals[i].params);
-    params.tables.status[kCode] != 0 ? PoisonDispatch(spec_.shape, params)
-                                     : FillPadding(spec_.shape, params);
-  });
+  ParallelFor(num_local, [&](int64_t i) { FillPadding(spec_.shape, *local[i]); });
 }
 
 void Communicator::ComputeCombine(const Job& job, const RemoteRanks& remote) {

@@ -47,6 +47,7 @@ struct LaneContent {
   OpKey key;
   Phase phase = Phase::kRoute;
   int64_t num_tokens = 0;
+  int64_t kind = 0;  // which optional inputs there are, and in which format
 };
 
 // Lives in shared memory, where zeros are a free lane. The owner of a free lane writes what it
@@ -76,7 +77,7 @@ class LaneHeader {
   void Release() { state_.fetch_sub(1, std::memory_order_release); }
 
  private:
-  using Words = std::array<int64_t, 6>;
+  using Words = std::array<int64_t, 7>;
 
   static uint32_t ReadersLeft(uint64_t state) { return static_cast<uint32_t>(state); }
   static Words WordsOf(const LaneContent& content) {
@@ -86,7 +87,8 @@ class LaneHeader {
             key.run_id,
             key.occurrence,
             static_cast<int64_t>(content.phase),
-            content.num_tokens};
+            content.num_tokens,
+            content.kind};
   }
   bool HasWords(const Words& words) const {
     for (size_t i = 0; i < words.size(); ++i)
@@ -103,7 +105,7 @@ struct LaneLayout {
   // From the start of the segment:
   int64_t headers, lanes, segment_bytes;
   // From the start of a lane, for one local rank:
-  int64_t topk_ids, x, weights, partial, partial_scalars;
+  int64_t topk_ids, x, scales, weights, partial, partial_scalars;
   int64_t rank_bytes, lane_bytes;
   // Strides of the regions that have one part per source rank.
   int64_t partial_stride, partial_scalars_stride;
@@ -121,6 +123,7 @@ struct LaneLayout {
     };
     topk_ids = take(topk_bytes);
     x = take(tokens * shape.row_bytes());
+    scales = take(tokens * shape.hidden_size * 4);  // at most one for each element
     weights = take(topk_bytes);
     partial = take(ranks * partial_stride);
     partial_scalars = take(ranks * partial_scalars_stride);

@@ -18,11 +18,12 @@ ErrorRecord Route(const MoEShape& shape, int me, const std::vector<const int32_t
 // What a dispatching rank lets the others read.
 struct DispatchSource {
   const std::byte* x;
-  const float* weights;  // or null
+  const std::byte* scales;  // or null
+  const float* weights;     // or null
 };
-// Expands tokens [begin, end) of `source` into the output rows that they have here.
+// Expands tokens [begin, end) of `source` into the output rows that they have on the ranks `to`.
 void ExpandTokens(const MoEShape& shape, int source, const DispatchSource& from,
-                  const DispatchParams& params, int64_t begin, int64_t end);
+                  const std::vector<const DispatchParams*>& to, int64_t begin, int64_t end);
 // Zeroes the rows that hold no token, or fills all rows with NaN when routing failed.
 void FillPadding(const MoEShape& shape, const DispatchParams& params);
 void PoisonDispatch(const MoEShape& shape, const DispatchParams& params);

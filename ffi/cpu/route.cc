@@ -44,7 +44,12 @@ Totals Count(const MoEShape& shape, const std::vector<const int32_t*>& topk_ids,
   return totals;
 }
 
-// Rows that `rank` needs, padding included.
+// Rows that there are, on a rank or, with kExpertMajor, for each expert.
+int64_t RowLimit(const MoEShape& shape) {
+  return shape.layout == OutputLayout::kExpertMajor ? shape.slots_per_expert() : shape.capacity;
+}
+
+// Rows that `rank` or, with kExpertMajor, one of its experts needs; padding included.
 int64_t RowsNeeded(const MoEShape& shape, const Totals& totals, int rank) {
   int64_t rows = 0;
   if (shape.layout == OutputLayout::kRankMajor) {
@@ -52,9 +57,11 @@ int64_t RowsNeeded(const MoEShape& shape, const Totals& totals, int rank) {
       rows += totals.tokens[source * shape.num_ranks + rank];
     return rows;
   }
-  for (int e = 0; e < shape.local_experts(); ++e)
-    rows +=
-        AlignUp(totals.rows_per_expert[rank * shape.local_experts() + e], shape.expert_alignment);
+  const auto first = totals.rows_per_expert.begin() + rank * shape.local_experts();
+  const auto last = first + shape.local_experts();
+  if (shape.layout == OutputLayout::kExpertMajor) return *std::max_element(first, last);
+  for (auto expert = first; expert != last; ++expert)
+    rows += AlignUp(*expert, shape.expert_alignment);
   return rows;
 }
 
@@ -65,8 +72,8 @@ ErrorRecord FindError(const MoEShape& shape, const Totals& totals) {
               totals.bad_ids[rank]};
   if (!shape.drop_overflow) {
     for (int rank = 0; rank < shape.num_ranks; ++rank)
-      if (const int64_t rows = RowsNeeded(shape, totals, rank); rows > shape.capacity)
-        return {ErrorCode::kOverflow, rank, -1, Phase::kRoute, shape.capacity, rows};
+      if (const int64_t rows = RowsNeeded(shape, totals, rank); rows > RowLimit(shape))
+        return {ErrorCode::kOverflow, rank, -1, Phase::kRoute, RowLimit(shape), rows};
   }
   return {};
 }
@@ -83,20 +90,29 @@ void FillSendRanks(const MoEShape& shape, const RouteParams& p) {
   }
 }
 
-// First row of each group as if capacity had no end; the last entry is the end of all rows.
+// Rows from the first of each group to the first of the next, as if capacity had no end.
+int64_t GroupRows(const MoEShape& shape, int me, const Totals& totals, int group) {
+  switch (shape.layout) {
+    case OutputLayout::kRankMajor:
+      return totals.tokens[group * shape.num_ranks + me];
+    case OutputLayout::kExpertMajor:
+      return shape.slots_per_expert();
+    case OutputLayout::kFlat:
+      break;
+  }
+  return AlignUp(totals.rows_per_expert[me * shape.local_experts() + group],
+                 shape.expert_alignment);
+}
+
+// First row of each group; the last entry is the end of all rows.
 std::vector<int64_t> GroupOffsets(const MoEShape& shape, int me, const Totals& totals) {
   std::vector<int64_t> offsets{0};
-  for (int group = 0; group < shape.num_row_groups(); ++group) {
-    const int64_t rows = shape.layout == OutputLayout::kRankMajor
-                             ? totals.tokens[group * shape.num_ranks + me]
-                             : AlignUp(totals.rows_per_expert[me * shape.local_experts() + group],
-                                       shape.expert_alignment);
-    offsets.push_back(offsets.back() + rows);
-  }
+  for (int group = 0; group < shape.num_row_groups(); ++group)
+    offsets.push_back(offsets.back() + GroupRows(shape, me, totals, group));
   return offsets;
 }
 
-// Gives each row its place by (group, source, token, k). Rows past the capacity are dropped and
+// Gives each row its place by (group, source, token, k). Rows that find none are dropped and
 // counted.
 class RowPlacer {
  public:
@@ -122,9 +138,15 @@ class RowPlacer {
     return id >= first_expert_ && id < first_expert_ + shape_.local_experts();
   }
 
+  // The row that those of a group stay below.
+  int64_t End(int group) const {
+    return shape_.layout == OutputLayout::kExpertMajor ? (group + 1) * shape_.slots_per_expert()
+                                                       : shape_.capacity;
+  }
+
   int32_t NextRow(int group) {
     const int64_t row = next_[group]++;
-    if (row >= shape_.capacity) return ++num_dropped_, kDropped;
+    if (row >= End(group)) return ++num_dropped_, kDropped;
     ++params_.tables.group_counts[group];
     return static_cast<int32_t>(row);
   }
@@ -173,7 +195,7 @@ ErrorRecord Route(const MoEShape& shape, int me, const std::vector<const int32_t
 
   for (int group = 0; group <= groups; ++group)
     tables.group_offsets[group] = static_cast<int32_t>(std::min(offsets[group], shape.capacity));
-  if (shape.layout == OutputLayout::kFlat)
+  if (shape.layout != OutputLayout::kRankMajor)
     std::copy_n(tables.group_counts, groups, params.num_tokens_per_expert);
   std::copy_n(tables.group_offsets, groups + 1, params.offsets);
   *params.num_dropped = placer.num_dropped();

@@ -6,15 +6,9 @@
 #include <type_traits>
 
 #include "common/layout.h"
+#include "cpu/floats.h"
 
 namespace jax_ep::cpu {
-
-struct F16 {
-  uint16_t bits;
-};
-struct BF16 {
-  uint16_t bits;
-};
 
 // Sums are kept in float, except those of double rows.
 template <typename T>

@@ -42,23 +42,27 @@ struct ArenaLayout {
   int64_t ready;        // [R] flags: the peer entered this epoch
   int64_t ids_flags;    // [R, route parts] flags: topk_ids of these tokens are here
   int64_t chunk_flags;  // [R, chunks] flags: what these tokens send is here
+  int64_t token_flags;  // [R, Tmax] flags: what this token sends is here; low-latency mode
   int64_t pings;        // [2] flags of the benchmark
   int64_t histograms;   // [R * route parts + 1, histogram_size] this GPU's scratch
-  int64_t ids;          // [2, R, Tmax, K] int32
+  int64_t ids;          // [2, R, Tmax, K] int32; in the low-latency mode with the epoch, 64 bits
   int64_t scalars;      // [2, R, Tmax, K] float32
   int64_t rows;         // [2, R - 1, Tmax, row_bytes]
   int64_t bytes;
 
-  int64_t rank_ids_bytes, rank_rows_bytes, row_bytes;
-  int32_t num_ranks, topk, tokens_per_chunk, max_route_parts, max_chunks, histogram_size;
+  int64_t rank_ids_bytes, rank_scalars_bytes, rank_rows_bytes, row_bytes;
+  int32_t num_ranks, topk, max_tokens, tokens_per_chunk, max_route_parts, max_chunks,
+      histogram_size;
 
   ArenaLayout() = default;
   explicit ArenaLayout(const MoEShape& shape) {
     const int64_t ranks = shape.num_ranks, tokens = shape.max_tokens_per_rank;
     num_ranks = shape.num_ranks;
     topk = shape.topk;
+    max_tokens = shape.max_tokens_per_rank;
     row_bytes = shape.row_bytes();
-    rank_ids_bytes = tokens * shape.topk * 4;
+    rank_ids_bytes = tokens * shape.topk * (shape.low_latency ? 8 : 4);
+    rank_scalars_bytes = tokens * shape.topk * 4;
     rank_rows_bytes = tokens * row_bytes;
     tokens_per_chunk = TokensPerChunk(shape.num_ranks);
     max_route_parts = static_cast<int32_t>(CeilDiv(tokens, kTokensPerRoutePart));
@@ -75,10 +79,11 @@ struct ArenaLayout {
     ready = take(ranks * 4);
     ids_flags = take(ranks * max_route_parts * 4);
     chunk_flags = take(ranks * max_chunks * 4);
+    token_flags = take(shape.low_latency ? ranks * tokens * 4 : 0);
     pings = take(2 * 4);
     histograms = take((ranks * max_route_parts + 1) * histogram_size * 4);
     ids = take(2 * ranks * rank_ids_bytes);
-    scalars = take(2 * ranks * rank_ids_bytes);
+    scalars = take(2 * ranks * rank_scalars_bytes);
     rows = take(2 * (ranks - 1) * rank_rows_bytes);
     bytes = at;
   }
@@ -107,6 +112,9 @@ struct Arena {
   __device__ uint32_t* ChunkFlag(int owner, int source, int64_t chunk) const {
     return Flags(owner, layout.chunk_flags) + source * layout.max_chunks + chunk;
   }
+  __device__ uint32_t* TokenFlag(int owner, int source, int64_t token) const {
+    return Flags(owner, layout.token_flags) + int64_t{source} * layout.max_tokens + token;
+  }
   __device__ uint32_t* Ping(uint32_t epoch, int owner) const {
     return Flags(owner, layout.pings) + (epoch & 1);
   }
@@ -114,9 +122,15 @@ struct Arena {
     const int64_t part = (epoch & 1) * layout.num_ranks + source;
     return reinterpret_cast<int32_t*>(bases[owner] + layout.ids + part * layout.rank_ids_bytes);
   }
+  __device__ uint64_t* IdWord(uint32_t epoch, int owner, int source, int64_t at) const {
+    const int64_t part = (epoch & 1) * layout.num_ranks + source;
+    return reinterpret_cast<uint64_t*>(bases[owner] + layout.ids + part * layout.rank_ids_bytes) +
+           at;
+  }
   __device__ float* Scalars(uint32_t epoch, int owner, int source, int64_t token) const {
     const int64_t part = (epoch & 1) * layout.num_ranks + source;
-    return reinterpret_cast<float*>(bases[owner] + layout.scalars + part * layout.rank_ids_bytes) +
+    return reinterpret_cast<float*>(bases[owner] + layout.scalars +
+                                    part * layout.rank_scalars_bytes) +
            token * layout.topk;
   }
   // What `source` sends of its `token`, or returns for the owner's. A rank has no window for

@@ -36,7 +36,7 @@ struct TokenRows {
   // The scalar of each of the token's k: lane k gets the k-th, 0 where this rank has none.
   __device__ float Scalar(const MoEShape& shape, const CombineParams& p) const {
     const int lane = threadIdx.x % 32;
-    if (shape.layout == OutputLayout::kFlat) return row >= 0 ? p.row_scalars[row] : 0.0f;
+    if (shape.layout != OutputLayout::kRankMajor) return row >= 0 ? p.row_scalars[row] : 0.0f;
     const int64_t only_row = __shfl_sync(kAllLanes, row, 0);
     return only_row >= 0 && lane < shape.topk ? p.row_scalars[only_row * shape.topk + lane] : 0.0f;
   }

@@ -83,7 +83,8 @@ std::string Communicator::PrepareDevice(int32_t ordinal, Device& device) {
     return "GPU " + std::to_string(ordinal) + " (" + properties.name +
            "): compute capability 9.0 or newer is needed, got " + std::to_string(properties.major) +
            "." + std::to_string(properties.minor);
-  for (const auto load : {LoadExchange, LoadPlacement, LoadDispatch, LoadCombine, LoadCeilings})
+  for (const auto load : {LoadExchange, LoadPlacement, LoadDispatch, LoadCombine,
+                          LoadLatencyDispatch, LoadLatencyCombine, LoadCeilings})
     if (error = load(spec_.shape); error != cudaSuccess)
       return Failed("loading kernels on GPU " + std::to_string(ordinal) + " for " +
                         std::to_string(spec_.shape.num_experts) + " experts",
@@ -99,8 +100,9 @@ std::string Communicator::PrepareDevice(int32_t ordinal, Device& device) {
     return Failed("allocating host memory", error);
   *device.error = ErrorRecord{};
   device.host_bases.assign(spec_.shape.num_ranks, nullptr);
-  // Flags and header start at 0; windows are written before they are read.
-  if (error = cudaMemset(device.arena, 0, layout_.ids); error == cudaSuccess)
+  // Flags, header and ids, which may hold their epoch, start at 0; other windows are written before
+  // they are read.
+  if (error = cudaMemset(device.arena, 0, layout_.scalars); error == cudaSuccess)
     error = cudaDeviceSynchronize();
   return Failed("clearing the arena of GPU " + std::to_string(ordinal), error);
 }
@@ -186,12 +188,15 @@ Arena Communicator::ArenaOf(const Device& device) const {
           device.place.rank};
 }
 
+int Communicator::SmsOf(const Device& device) const {
+  return spec_.num_sms > 0 ? std::min(spec_.num_sms, device.num_sms) : device.num_sms;
+}
+
 Blocks Communicator::BlocksOf(const Device& device, const BlockCounts& chosen,
                               const Senders& senders) const {
   if (chosen.senders > 0) return {chosen.senders + chosen.receivers, chosen.senders};
-  const int sms = spec_.num_sms > 0 ? std::min(spec_.num_sms, device.num_sms) : device.num_sms;
-  if (spec_.shape.num_ranks == 1) return {sms, 0};
-  const int total = std::max(sms, 2);
+  if (spec_.shape.num_ranks == 1) return {SmsOf(device), 0};
+  const int total = std::max(SmsOf(device), 2);
   return {total, std::clamp(static_cast<int>(total * senders.most), 1, senders.wanted)};
 }
 
@@ -201,6 +206,9 @@ std::string Communicator::Dispatch(int32_t ordinal, const FreshDispatchParams& p
   const Device& device = devices_.at(ordinal);
   const Arena arena = ArenaOf(device);
   const MoEShape& shape = spec_.shape;
+  if (shape.low_latency)
+    return Failed("dispatch", LaunchLatencyDispatch(shape, arena, &params.route, params.dispatch,
+                                                    SmsOf(device), stream));
   cudaError_t error = LaunchExchange(shape, arena, params.route, stream);
   if (error == cudaSuccess) error = LaunchPlacement(shape, arena, params.route, stream);
   if (error == cudaSuccess)
@@ -214,6 +222,9 @@ std::string Communicator::DispatchCached(int32_t ordinal, const DispatchParams& 
                                          cudaStream_t stream) {
   ScopedDevice scope(ordinal);
   const Device& device = devices_.at(ordinal);
+  if (spec_.shape.low_latency && params.y == nullptr)
+    return Failed("cached dispatch", LaunchLatencyDispatch(spec_.shape, ArenaOf(device), nullptr,
+                                                           params, SmsOf(device), stream));
   return Failed("cached dispatch", LaunchDispatch(spec_.shape, ArenaOf(device), params, nullptr,
                                                   BlocksOf(device, spec_.dispatch_blocks,
                                                            DispatchSenders(spec_.shape.num_ranks)),
@@ -224,6 +235,9 @@ std::string Communicator::Combine(int32_t ordinal, const CombineParams& params,
                                   cudaStream_t stream) {
   ScopedDevice scope(ordinal);
   const Device& device = devices_.at(ordinal);
+  if (spec_.shape.low_latency && params.row_scalars == nullptr)
+    return Failed("combine", LaunchLatencyCombine(spec_.shape, ArenaOf(device), params,
+                                                  SmsOf(device), stream));
   return Failed("combine", LaunchCombine(spec_.shape, ArenaOf(device), params,
                                          BlocksOf(device, spec_.combine_blocks,
                                                   CombineSenders(spec_.shape.num_ranks)),

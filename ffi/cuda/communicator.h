@@ -68,6 +68,7 @@ class Communicator {
   std::string ConnectLocal(int32_t ordinal, Device& device);
   std::string UploadBases(int32_t ordinal, const Device& device);
   Arena ArenaOf(const Device& device) const;
+  int SmsOf(const Device& device) const;
   // What was chosen, or as many blocks as there are SMs.
   Blocks BlocksOf(const Device& device, const BlockCounts& chosen, const Senders& senders) const;
 

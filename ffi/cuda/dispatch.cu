@@ -5,6 +5,7 @@
 //
 // Sending blocks come first in the grid and wait for nobody, so receivers always have something to
 // wait for that is running or done. They help to receive once all is sent.
+#include "cuda/dispatch.cuh"
 #include "cuda/ops.h"
 #include "cuda/route.cuh"
 #include "cuda/rows.cuh"
@@ -16,24 +17,9 @@ namespace {
 constexpr int kThreads = 2 * kTeamThreads;
 constexpr int kWarps = kThreads / 32;
 
-// What is in row_scalars beside each row: its weights, or one dot product.
-__device__ int ScalarsPerRow(const MoEShape& shape, const DispatchParams& p) {
-  return p.y != nullptr ? 1 : shape.weights_per_row();
-}
-
-// The ranks that a token goes to, one in each of some lanes of the warp and -1 in the others.
-__device__ int DestinationOfLane(const MoEShape& shape, const DispatchParams& p,
-                                 const int32_t* topk_ids, int64_t token) {
-  const int lane = threadIdx.x % 32;
-  if (topk_ids == nullptr)
-    return lane < shape.topk ? p.tables.send_ranks[token * shape.topk + lane] : -1;
-  const int id = lane < shape.topk ? topk_ids[token * shape.topk + lane] : -1;
-  const int rank = IsExpert(shape, id) ? id / shape.local_experts() : -1;
-  const unsigned same = __match_any_sync(kAllLanes, rank);
-  return lane == __ffs(same) - 1 ? rank : -1;
-}
-
-// One warp copies a token into the windows of all its destinations, reading it once.
+// One warp copies a token into the windows of all its destinations, reading it once. X is the type
+// of elements that are quantised on the way, or void.
+template <typename X>
 __device__ void SendToken(const MoEShape& shape, const Arena& arena, const DispatchParams& p,
                           const int32_t* topk_ids, uint32_t epoch, int64_t token,
                           RowBuffer& buffer) {
@@ -42,14 +28,24 @@ __device__ void SendToken(const MoEShape& shape, const Arena& arena, const Dispa
   const bool sends = rank >= 0 && rank != arena.rank;
   const unsigned lanes = __ballot_sync(kAllLanes, sends);
   if (lanes == 0) return;
-  buffer.Copy(sends ? arena.Row(epoch, rank, arena.rank, token) : nullptr,
-              static_cast<const int4*>(p.x) + token * NumVectors(shape), NumVectors(shape));
-  if (p.weights == nullptr) return;
-  const float weight = lane < shape.topk ? p.weights[token * shape.topk + lane] : 0.0f;
-  for (unsigned rest = lanes; rest != 0; rest &= rest - 1) {
-    const int peer = __shfl_sync(kAllLanes, rank, __ffs(rest) - 1);
-    if (lane < shape.topk) arena.Scalars(epoch, peer, arena.rank, token)[lane] = weight;
+  int4* const window = sends ? arena.Row(epoch, rank, arena.rank, token) : nullptr;
+  const TokenSource from(shape, arena, p, epoch, arena.rank, token);
+  if constexpr (!std::is_void_v<X>) {
+    int4* windows[kMaxTopk];
+    int count = 0;
+    ForEachLane(lanes, reinterpret_cast<uint64_t>(window),
+                [&](uint64_t to) { windows[count++] = reinterpret_cast<int4*>(to); });
+    QuantiseInto<X>(shape, p, from.row, 0, 1, count,
+                    [&](int i) { return InWindow(shape, windows[i]); });
+  } else {
+    buffer.Copy(window, from.row, NumRowVectors(shape, p));
+    if (p.quant.block != 0)
+      ForEachLane(lanes, rank, [&](int peer) {
+        CopyScales(InWindow(shape, arena.Row(epoch, peer, arena.rank, token)).scales, from.scales,
+                   p.scale_row_bytes(shape), lane, 32);
+      });
   }
+  SendWeights(shape, arena, p, epoch, token, lanes, rank);
 }
 
 // Tells all peers that a chunk has arrived.
@@ -59,6 +55,7 @@ __device__ void Announce(const Arena& arena, const Team& team, uint32_t epoch, i
 }
 
 // A chunk is announced only once the next one is under way, so that nobody waits for its stores.
+template <typename X>
 __device__ void Send(const MoEShape& shape, const Arena& arena, const Team& team,
                      const DispatchParams& p, const int32_t* topk_ids, uint32_t epoch,
                      RowBuffer& buffer) {
@@ -71,7 +68,7 @@ __device__ void Send(const MoEShape& shape, const Arena& arena, const Team& team
                   last = min(first + per_chunk, p.num_tokens);
     tasks.Ask();
     for (int64_t token = first + team.warp; token < last; token += kTeamWarps)
-      SendToken(shape, arena, p, topk_ids, epoch, token, buffer);
+      SendToken<X>(shape, arena, p, topk_ids, epoch, token, buffer);
     buffer.WaitForEarlierStores();
     tasks.Advance();
     if (unannounced >= 0) Announce(arena, team, epoch, unannounced);
@@ -82,54 +79,13 @@ __device__ void Send(const MoEShape& shape, const Arena& arena, const Team& team
   if (unannounced >= 0) Announce(arena, team, epoch, unannounced);
 }
 
-// Stores the weights that came with a token beside its rows.
-__device__ void PlaceWeights(const MoEShape& shape, const DispatchParams& p, const float* weights,
-                             int row) {
-  const int lane = threadIdx.x % 32;
-  if (p.weights == nullptr) return;
-  if (shape.layout == OutputLayout::kRankMajor) {
-    const int64_t only_row = __shfl_sync(kAllLanes, row, 0);
-    if (lane < shape.topk) p.row_scalars[only_row * shape.topk + lane] = weights[lane];
-  } else if (row >= 0) {
-    p.row_scalars[row] = weights[lane];
-  }
-}
-
-// What a receiving warp reads of one token.
-struct TokenSource {
-  const int4* row;
-  const float* weights;
-
-  __device__ TokenSource(const MoEShape& shape, const Arena& arena, const DispatchParams& p,
-                         uint32_t epoch, int source, int64_t token) {
-    if (source == arena.rank) {
-      row = static_cast<const int4*>(p.x) + token * NumVectors(shape);
-      weights = p.weights + token * shape.topk;
-    } else {
-      row = arena.Row(epoch, arena.rank, source, token);
-      weights = arena.Scalars(epoch, arena.rank, source, token);
-    }
-  }
-};
-
-// NaN for the rows of a token that never came, and for what belongs to them in row_scalars; lane k
-// holds the k-th.
-__device__ void PoisonRows(const MoEShape& shape, const DispatchParams& p, int row,
-                           unsigned lanes) {
-  const int vectors = NumVectors(shape);
-  for (unsigned rest = lanes; rest != 0; rest &= rest - 1)
-    FillRow(static_cast<int4*>(p.tokens) +
-                int64_t{__shfl_sync(kAllLanes, row, __ffs(rest) - 1)} * vectors,
-            vectors, NaNs(shape.dtype));
-  if (p.row_scalars == nullptr || row < 0) return;
-  const int per_row = ScalarsPerRow(shape, p);
-  for (int i = 0; i < per_row; ++i)
-    p.row_scalars[int64_t{row} * per_row + i] = __int_as_float(0x7fc00000);
-}
-
-// Gives arrived tokens to their rows: copies, a warp per token.
+// Gives arrived tokens to their rows: copies, a warp per token. X as for SendToken: own tokens have
+// not been quantised yet.
+template <typename X>
 class Expander {
  public:
+  using Quantised = X;
+
   __device__ Expander(const Team& /*team*/, const WarpMemory& /*memory*/, RowBuffer& buffer)
       : buffer_(buffer) {}
 
@@ -137,16 +93,35 @@ class Expander {
 
   __device__ void Receive(const MoEShape& shape, const Team& /*team*/, const DispatchParams& p,
                           const TokenSource& from, int row, bool arrived) {
-    const int vectors = NumVectors(shape);
     const unsigned lanes = __ballot_sync(kAllLanes, row >= 0);
     if (lanes == 0) return;
-    if (!arrived) return PoisonRows(shape, p, row, lanes);
-    buffer_.Copy(row >= 0 ? static_cast<int4*>(p.tokens) + int64_t{row} * vectors : nullptr,
-                 from.row, vectors);
+    if (!arrived) return PoisonRows(shape, p, row);
+    if (!std::is_void_v<X> && from.is_own) {
+      QuantiseOwn(shape, p, from, row, lanes);
+    } else {
+      buffer_.Copy(row >= 0 ? OutputRow(shape, p, row) : nullptr, from.row,
+                   NumRowVectors(shape, p));
+      if (p.quant.block != 0)
+        ForEachLane(lanes, row, [&](int64_t to) {
+          CopyScales(InOutput(shape, p, to).scales, from.scales, p.scale_row_bytes(shape),
+                     threadIdx.x % 32, 32);
+        });
+    }
     PlaceWeights(shape, p, from.weights, row);
   }
 
  private:
+  static __device__ void QuantiseOwn(const MoEShape& shape, const DispatchParams& p,
+                                     const TokenSource& from, int row, unsigned lanes) {
+    if constexpr (!std::is_void_v<X>) {
+      int32_t rows[kMaxTopk];
+      int count = 0;
+      ForEachLane(lanes, row, [&](int32_t to) { rows[count++] = to; });
+      QuantiseInto<X>(shape, p, from.row, 0, 1, count,
+                      [&](int i) { return InOutput(shape, p, rows[i]); });
+    }
+  }
+
   RowBuffer& buffer_;
 };
 
@@ -155,6 +130,8 @@ class Expander {
 template <typename T>
 class Scaler {
  public:
+  using Quantised = void;
+
   __device__ Scaler(const Team& team, const WarpMemory& memory, RowBuffer& buffer)
       : memory_{memory, team.warp}, ring_(memory) {
     buffer.WaitForStores();
@@ -168,7 +145,7 @@ class Scaler {
                           const TokenSource& from, int row, bool arrived) {
     const int lane = threadIdx.x % 32, vectors = NumVectors(shape);
     const unsigned lanes = __ballot_sync(kAllLanes, row >= 0);
-    if (!arrived) return PoisonRows(shape, p, row, lanes);
+    if (!arrived) return PoisonRows(shape, p, row);
     TermList& list = memory_.list();
     const int count = __popc(lanes);
     Term* terms = list.Reserve(team, count > 0 ? count + 1 : 0, count > 0);
@@ -278,16 +255,13 @@ __device__ void Receive(const MoEShape& shape, const Arena& arena, const Team& t
   }
 }
 
-// Fills rows [begin, end) with what `buffer` is full of, a warp per row, and what belongs to them
-// in row_scalars.
+// Fills rows [begin, end) with what `buffer` is full of, a warp per row, and what belongs to them.
 __device__ void FillRows(const MoEShape& shape, const DispatchParams& p, int64_t begin, int64_t end,
-                         int block, int blocks, const RowBuffer& buffer, float scalar) {
-  const int vectors = NumVectors(shape), lane = threadIdx.x % 32, per_row = ScalarsPerRow(shape, p);
+                         int block, int blocks, const RowBuffer& buffer, bool poison) {
   const int64_t warp = static_cast<int64_t>(block) * kWarps + threadIdx.x / 32;
   for (int64_t row = begin + warp; row < end; row += static_cast<int64_t>(blocks) * kWarps) {
-    if (lane == 0) buffer.Store(static_cast<int4*>(p.tokens) + row * vectors, vectors);
-    if (p.row_scalars == nullptr) continue;
-    for (int i = lane; i < per_row; i += 32) p.row_scalars[row * per_row + i] = scalar;
+    if (threadIdx.x % 32 == 0) buffer.Store(OutputRow(shape, p, row), NumRowVectors(shape, p));
+    FillBesideRow(shape, p, row, poison);
   }
 }
 
@@ -296,22 +270,24 @@ __device__ void FillRows(const MoEShape& shape, const DispatchParams& p, int64_t
 __device__ void FillPadding(const MoEShape& shape, const DispatchParams& p, int block, int blocks,
                             RowBuffer& buffer) {
   const int groups = shape.num_row_groups();
-  buffer.Fill(make_int4(0, 0, 0, 0), NumVectors(shape));
-  if (shape.layout == OutputLayout::kFlat && shape.expert_alignment > 1)
+  buffer.Fill(RowFilling(shape, p, false), NumRowVectors(shape, p));
+  const bool has_gaps = shape.layout == OutputLayout::kExpertMajor
+                            ? p.fill
+                            : shape.layout == OutputLayout::kFlat && shape.expert_alignment > 1;
+  if (has_gaps)
     for (int group = block; group < groups; group += blocks)
       FillRows(shape, p, p.tables.group_offsets[group] + p.tables.group_counts[group],
-               p.tables.group_offsets[group + 1], 0, 1, buffer, 0.0f);
-  FillRows(shape, p, p.tables.group_offsets[groups], shape.capacity, block, blocks, buffer, 0.0f);
+               p.tables.group_offsets[group + 1], 0, 1, buffer, false);
+  FillRows(shape, p, p.tables.group_offsets[groups], shape.capacity, block, blocks, buffer, false);
 }
 
 // Every rank knows, so nobody waits for what was sent.
 __device__ void FillNaN(const MoEShape& shape, const DispatchParams& p, RowBuffer& buffer) {
-  buffer.Fill(NaNs(shape.dtype), NumVectors(shape));
-  FillRows(shape, p, 0, shape.capacity, blockIdx.x, gridDim.x, buffer, __int_as_float(0x7fc00000));
+  buffer.Fill(RowFilling(shape, p, true), NumRowVectors(shape, p));
+  FillRows(shape, p, 0, shape.capacity, blockIdx.x, gridDim.x, buffer, true);
 }
 
-// T is void where rows are copied, and their element type where they are scaled.
-template <typename T>
+template <typename Receiver>
 __global__ void __launch_bounds__(kThreads, 1)
     DispatchKernel(MoEShape shape, Arena arena, DispatchParams p, const int32_t* topk_ids,
                    int senders) {
@@ -321,14 +297,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   const uint32_t epoch = EnterEpoch(arena);
   const int block = static_cast<int>(blockIdx.x) - senders,
             blocks = static_cast<int>(gridDim.x) - senders;
-  if (block < 0) Send(shape, arena, team, p, topk_ids, epoch, buffer);
+  if (block < 0) Send<typename Receiver::Quantised>(shape, arena, team, p, topk_ids, epoch, buffer);
   // From here on the tables are read, which a fresh dispatch gets from the kernel before.
   if (topk_ids != nullptr) ptx::griddepcontrol_wait();
   if (p.tables.status[kCode] != 0) {
     FillNaN(shape, p, buffer);
   } else {
     if (block >= 0) FillPadding(shape, p, block, blocks, buffer);
-    using Receiver = std::conditional_t<std::is_void_v<T>, Expander, Scaler<T>>;
     Receiver receiver(team, memory, buffer);
     Receive(shape, arena, team, p, epoch, receiver);
   }
@@ -336,30 +311,36 @@ __global__ void __launch_bounds__(kThreads, 1)
   LeaveEpoch(arena, epoch, Phase::kDispatch);
 }
 
+// Calls `visit` with the kernel for what is asked for.
+template <typename F>
+cudaError_t VisitKernel(const MoEShape& shape, bool scales, bool quantises, const F& visit) {
+  if (!scales && !quantises) return visit(DispatchKernel<Expander<void>>);
+  return VisitDType(shape.dtype, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    return scales ? visit(DispatchKernel<Scaler<T>>) : visit(DispatchKernel<Expander<T>>);
+  });
+}
+
 }  // namespace
 
 cudaError_t LaunchDispatch(const MoEShape& shape, const Arena& arena, const DispatchParams& params,
                            const int32_t* topk_ids, Blocks blocks, cudaStream_t stream) {
   const Grid grid{blocks.total, kThreads, WarpMemory::SharedBytes(kWarps)};
-  const auto launch = [&](auto* kernel) {
+  return VisitKernel(shape, params.y != nullptr, params.quantises(), [&](auto* kernel) {
     return topk_ids != nullptr
                ? LaunchOverlapping(kernel, grid, stream, shape, arena, params, topk_ids,
                                    blocks.senders)
                : Launch(kernel, grid, stream, shape, arena, params, topk_ids, blocks.senders);
-  };
-  if (params.y == nullptr) return launch(DispatchKernel<void>);
-  return VisitDType(shape.dtype, [&](auto* t) {
-    return launch(DispatchKernel<std::remove_pointer_t<decltype(t)>>);
   });
 }
 
 cudaError_t LoadDispatch(const MoEShape& shape) {
-  const size_t bytes = WarpMemory::SharedBytes(kWarps);
-  const cudaError_t error = AllowSharedMemory(DispatchKernel<void>, bytes);
-  if (error != cudaSuccess) return error;
-  return VisitDType(shape.dtype, [&](auto* t) {
-    return AllowSharedMemory(DispatchKernel<std::remove_pointer_t<decltype(t)>>, bytes);
-  });
+  const auto allow = [](auto* kernel) {
+    return AllowSharedMemory(kernel, WarpMemory::SharedBytes(kWarps));
+  };
+  cudaError_t error = VisitKernel(shape, false, false, allow);
+  if (error == cudaSuccess) error = VisitKernel(shape, true, false, allow);
+  return error != cudaSuccess ? error : VisitKernel(shape, false, true, allow);
 }
 
 }  // namespace jax_ep::cuda

@@ -27,6 +27,14 @@ cudaError_t LaunchDispatch(const MoEShape& shape, const Arena& arena, const Disp
 cudaError_t LaunchCombine(const MoEShape& shape, const Arena& arena, const CombineParams& params,
                           Blocks blocks, cudaStream_t stream);
 
+// The ops of the low-latency mode, a kernel each; for the gradients of combine and of weights there
+// are those above. Without `route`, the tables are there already.
+cudaError_t LaunchLatencyDispatch(const MoEShape& shape, const Arena& arena,
+                                  const RouteParams* route, const DispatchParams& params, int sms,
+                                  cudaStream_t stream);
+cudaError_t LaunchLatencyCombine(const MoEShape& shape, const Arena& arena,
+                                 const CombineParams& params, int sms, cudaStream_t stream);
+
 // The ceilings that the benchmark measures. `done` is written so that XLA has a result.
 struct StoresParams {
   int64_t num_tokens, repeats;  // rows of x that go to each peer, and how often
@@ -47,6 +55,8 @@ cudaError_t LoadExchange(const MoEShape& shape);
 cudaError_t LoadPlacement(const MoEShape& shape);
 cudaError_t LoadDispatch(const MoEShape& shape);
 cudaError_t LoadCombine(const MoEShape& shape);
+cudaError_t LoadLatencyDispatch(const MoEShape& shape);
+cudaError_t LoadLatencyCombine(const MoEShape& shape);
 cudaError_t LoadCeilings(const MoEShape& shape);
 
 }  // namespace jax_ep::cuda

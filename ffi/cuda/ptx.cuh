@@ -34,6 +34,21 @@ __device__ __forceinline__ uint32_t ld_relaxed_sys(const uint32_t* at) {
   return value;
 }
 
+// For what needs no order with other writes.
+__device__ __forceinline__ void st_relaxed_sys(uint32_t* at, uint32_t value) {
+  asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(at), "r"(value) : "memory");
+}
+
+// Eight bytes that arrive together.
+__device__ __forceinline__ uint64_t ld_relaxed_sys(const uint64_t* at) {
+  uint64_t value;
+  asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(at) : "memory");
+  return value;
+}
+__device__ __forceinline__ void st_relaxed_sys(uint64_t* at, uint64_t value) {
+  asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(at), "l"(value) : "memory");
+}
+
 __device__ __forceinline__ uint32_t ld_volatile(const uint32_t* at) {
   uint32_t value;
   asm volatile("ld.volatile.global.u32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
@@ -169,6 +184,18 @@ __device__ __forceinline__ void st_no_allocate(int4* at, const int4& v) {
   asm volatile("st.global.L1::no_allocate.v4.s32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(v.x),
                "r"(v.y), "r"(v.z), "r"(v.w)
                : "memory");
+}
+
+// Two numbers as fp8, `low` in the lower byte: to nearest even, at most the largest finite one.
+__device__ __forceinline__ uint16_t cvt_e4m3x2(float low, float high) {
+  uint16_t pair;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+__device__ __forceinline__ uint16_t cvt_e5m2x2(float low, float high) {
+  uint16_t pair;
+  asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+  return pair;
 }
 
 // Nanoseconds; ticks coarsely, which is fine for timeouts.

@@ -8,6 +8,7 @@
 #include <algorithm>
 
 #include "common/ops.h"
+#include "cuda/dispatch.cuh"
 #include "cuda/launch.h"
 #include "cuda/sync.cuh"
 
@@ -38,10 +39,6 @@ struct RouteLaunch {
   }
   Grid GridOf(int num_blocks) const { return {num_blocks, teams * kTeamThreads, shared_bytes}; }
 };
-
-__device__ __forceinline__ bool IsExpert(const MoEShape& shape, int id) {
-  return id >= 0 && id < shape.num_experts;
-}
 
 // Whether one of a token's experts lives on `rank`.
 __device__ __forceinline__ bool Hits(const MoEShape& shape, const int32_t* ids, int rank) {

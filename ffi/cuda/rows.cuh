@@ -88,6 +88,16 @@ struct Vector<__half> {
   }
 };
 
+template <typename T>
+__device__ __forceinline__ float ToFloat(const T& x) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>)
+    return __uint_as_float(uint32_t{*reinterpret_cast<const uint16_t*>(&x)} << 16);
+  else if constexpr (std::is_same_v<T, __half>)
+    return __half2float(x);
+  else
+    return static_cast<float>(x);
+}
+
 // sum += weight * v, element by element.
 template <typename T>
 __device__ __forceinline__ void AddScaled(Sum<T> (&sum)[kPerVector<T>], const int4& v,

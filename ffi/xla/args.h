@@ -26,28 +26,34 @@ template <typename Binding>
 auto BindDispatch(Binding begin) {
   return std::move(begin)
       .template Attr<int64_t>("comm")
-      .template Arg<Ints>()            // topk_ids
-      .template Arg<ffi::AnyBuffer>()  // x
-      .template Arg<Floats>()          // weights, or empty
-      .template Ret<Ints>()            // tables
-      .template Ret<Ints>()            // num_tokens_per_expert
-      .template Ret<Ints>()            // offsets
-      .template Ret<Ints>()            // num_dropped
-      .template Ret<Ints>()            // recv_topk_ids
-      .template Ret<ffi::AnyBuffer>()  // tokens
-      .template Ret<Floats>();         // row_scalars, or empty
+      .template Attr<int64_t>("fill")
+      .template Arg<Ints>()             // topk_ids
+      .template Arg<ffi::AnyBuffer>()   // x
+      .template Arg<Floats>()           // weights, or empty
+      .template Arg<ffi::AnyBuffer>()   // scales, or empty
+      .template Ret<Ints>()             // tables
+      .template Ret<Ints>()             // num_tokens_per_expert
+      .template Ret<Ints>()             // offsets
+      .template Ret<Ints>()             // num_dropped
+      .template Ret<Ints>()             // recv_topk_ids
+      .template Ret<ffi::AnyBuffer>()   // tokens
+      .template Ret<Floats>()           // row_scalars, or empty
+      .template Ret<ffi::AnyBuffer>();  // row_scales, or empty
 }
 template <typename Binding>
 auto BindDispatchCached(Binding begin) {
   return std::move(begin)
       .template Attr<int64_t>("comm")
-      .template Arg<ffi::AnyBuffer>()  // x
-      .template Arg<Floats>()          // weights, or empty
-      .template Arg<Ints>()            // tables
-      .template Arg<ffi::AnyBuffer>()  // y, or empty
-      .template Arg<Floats>()          // row_weights, or empty
-      .template Ret<ffi::AnyBuffer>()  // tokens
-      .template Ret<Floats>();         // row_scalars, or empty
+      .template Attr<int64_t>("fill")
+      .template Arg<ffi::AnyBuffer>()   // x
+      .template Arg<Floats>()           // weights, or empty
+      .template Arg<ffi::AnyBuffer>()   // scales, or empty
+      .template Arg<Ints>()             // tables
+      .template Arg<ffi::AnyBuffer>()   // y, or empty
+      .template Arg<Floats>()           // row_weights, or empty
+      .template Ret<ffi::AnyBuffer>()   // tokens
+      .template Ret<Floats>()           // row_scalars, or empty
+      .template Ret<ffi::AnyBuffer>();  // row_scales, or empty
 }
 template <typename Binding>
 auto BindCombine(Binding begin) {
@@ -61,15 +67,19 @@ auto BindCombine(Binding begin) {
       .template Ret<Floats>();         // token_scalars, or empty
 }
 
-ffi::ErrorOr<FreshDispatchParams> ParseDispatch(const MoEShape& shape, Ints topk_ids,
-                                                ffi::AnyBuffer x, Floats weights, IntsOut tables,
+ffi::ErrorOr<FreshDispatchParams> ParseDispatch(const MoEShape& shape, int64_t fill, Ints topk_ids,
+                                                ffi::AnyBuffer x, Floats weights,
+                                                ffi::AnyBuffer scales, IntsOut tables,
                                                 IntsOut num_tokens_per_expert, IntsOut offsets,
                                                 IntsOut num_dropped, IntsOut recv_topk_ids,
-                                                AnyOut tokens, FloatsOut row_scalars);
-ffi::ErrorOr<DispatchParams> ParseDispatchCached(const MoEShape& shape, ffi::AnyBuffer x,
-                                                 Floats weights, Ints tables, ffi::AnyBuffer y,
-                                                 Floats row_weights, AnyOut tokens,
-                                                 FloatsOut row_scalars);
+                                                AnyOut tokens, FloatsOut row_scalars,
+                                                AnyOut row_scales);
+ffi::ErrorOr<DispatchParams> ParseDispatchCached(const MoEShape& shape, int64_t fill,
+                                                 ffi::AnyBuffer x, Floats weights,
+                                                 ffi::AnyBuffer scales, Ints tables,
+                                                 ffi::AnyBuffer y, Floats row_weights,
+                                                 AnyOut tokens, FloatsOut row_scalars,
+                                                 AnyOut row_scales);
 ffi::ErrorOr<CombineParams> ParseCombine(const MoEShape& shape, ffi::AnyBuffer y,
                                          Floats row_weights, Floats row_scalars, Ints tables,
                                          AnyOut out, FloatsOut token_scalars);

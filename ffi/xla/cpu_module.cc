@@ -48,12 +48,14 @@ class CallSite {
 ffi::TypeId CallSite::id = {};
 ffi::TypeInfo CallSite::info = ffi::MakeTypeInfo<CallSite>();
 
-ffi::ErrorOr<std::unique_ptr<CallSite>> MakeCallSite(int64_t comm) {
-  const auto communicator = Communicators::Get().Find(comm);
+// Ops differ in their other attributes.
+ffi::ErrorOr<std::unique_ptr<CallSite>> MakeCallSite(ffi::Dictionary attributes) {
+  const auto comm = attributes.get<int64_t>("comm");
+  if (comm.has_error()) return ffi::Unexpected(comm.error());
+  const auto communicator = Communicators::Get().Find(comm.value());
   return std::make_unique<CallSite>(communicator == nullptr ? -1 : communicator->NextSite());
 }
-XLA_FFI_DEFINE_HANDLER(kMakeCallSite, MakeCallSite,
-                       ffi::Ffi::BindInstantiate().Attr<int64_t>("comm"));
+XLA_FFI_DEFINE_HANDLER(kMakeCallSite, MakeCallSite, ffi::Ffi::BindInstantiate().Attrs());
 
 auto BindCall() {
   return ffi::Ffi::Bind().Ctx<ffi::DeviceOrdinal>().Ctx<ffi::RunId>().Ctx<ffi::State<CallSite>>();
@@ -106,20 +108,23 @@ ffi::Future Submit(ffi::ErrorOr<Params> (*parse)(const MoEShape&, Buffers...), i
   return future;
 }
 
-ffi::Future Dispatch(int32_t ordinal, ffi::RunId run, CallSite* site, int64_t comm, Ints topk_ids,
-                     ffi::AnyBuffer x, Floats weights, IntsOut tables,
-                     IntsOut num_tokens_per_expert, IntsOut offsets, IntsOut num_dropped,
-                     IntsOut recv_topk_ids, AnyOut tokens, FloatsOut row_scalars) {
-  return Submit(ParseDispatch, ordinal, run, site, comm, topk_ids, x, weights, tables,
-                num_tokens_per_expert, offsets, num_dropped, recv_topk_ids, tokens, row_scalars);
+ffi::Future Dispatch(int32_t ordinal, ffi::RunId run, CallSite* site, int64_t comm, int64_t fill,
+                     Ints topk_ids, ffi::AnyBuffer x, Floats weights, ffi::AnyBuffer scales,
+                     IntsOut tables, IntsOut num_tokens_per_expert, IntsOut offsets,
+                     IntsOut num_dropped, IntsOut recv_topk_ids, AnyOut tokens,
+                     FloatsOut row_scalars, AnyOut row_scales) {
+  return Submit(ParseDispatch, ordinal, run, site, comm, fill, topk_ids, x, weights, scales, tables,
+                num_tokens_per_expert, offsets, num_dropped, recv_topk_ids, tokens, row_scalars,
+                row_scales);
 }
 XLA_FFI_DEFINE_HANDLER(kDispatch, Dispatch, BindDispatch(BindCall()));
 
 ffi::Future DispatchCached(int32_t ordinal, ffi::RunId run, CallSite* site, int64_t comm,
-                           ffi::AnyBuffer x, Floats weights, Ints tables, ffi::AnyBuffer y,
-                           Floats row_weights, AnyOut tokens, FloatsOut row_scalars) {
-  return Submit(ParseDispatchCached, ordinal, run, site, comm, x, weights, tables, y, row_weights,
-                tokens, row_scalars);
+                           int64_t fill, ffi::AnyBuffer x, Floats weights, ffi::AnyBuffer scales,
+                           Ints tables, ffi::AnyBuffer y, Floats row_weights, AnyOut tokens,
+                           FloatsOut row_scalars, AnyOut row_scales) {
+  return Submit(ParseDispatchCached, ordinal, run, site, comm, fill, x, weights, scales, tables, y,
+                row_weights, tokens, row_scalars, row_scales);
 }
 XLA_FFI_DEFINE_HANDLER(kDispatchCached, DispatchCached, BindDispatchCached(BindCall()));
 

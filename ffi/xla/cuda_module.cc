@@ -31,20 +31,22 @@ ffi::Error Launch(ffi::ErrorOr<Params> (*parse)(const MoEShape&, Buffers...),
   return error.empty() ? ffi::Error::Success() : ffi::Error::Internal("jax_ep: " + error);
 }
 
-ffi::Error Dispatch(int32_t ordinal, cudaStream_t stream, int64_t comm, Ints topk_ids,
-                    ffi::AnyBuffer x, Floats weights, IntsOut tables, IntsOut num_tokens_per_expert,
-                    IntsOut offsets, IntsOut num_dropped, IntsOut recv_topk_ids, AnyOut tokens,
-                    FloatsOut row_scalars) {
-  return Launch(ParseDispatch, &cuda::Communicator::Dispatch, ordinal, stream, comm, topk_ids, x,
-                weights, tables, num_tokens_per_expert, offsets, num_dropped, recv_topk_ids, tokens,
-                row_scalars);
+ffi::Error Dispatch(int32_t ordinal, cudaStream_t stream, int64_t comm, int64_t fill, Ints topk_ids,
+                    ffi::AnyBuffer x, Floats weights, ffi::AnyBuffer scales, IntsOut tables,
+                    IntsOut num_tokens_per_expert, IntsOut offsets, IntsOut num_dropped,
+                    IntsOut recv_topk_ids, AnyOut tokens, FloatsOut row_scalars,
+                    AnyOut row_scales) {
+  return Launch(ParseDispatch, &cuda::Communicator::Dispatch, ordinal, stream, comm, fill, topk_ids,
+                x, weights, scales, tables, num_tokens_per_expert, offsets, num_dropped,
+                recv_topk_ids, tokens, row_scalars, row_scales);
 }
 
-ffi::Error DispatchCached(int32_t ordinal, cudaStream_t stream, int64_t comm, ffi::AnyBuffer x,
-                          Floats weights, Ints tables, ffi::AnyBuffer y, Floats row_weights,
-                          AnyOut tokens, FloatsOut row_scalars) {
-  return Launch(ParseDispatchCached, &cuda::Communicator::DispatchCached, ordinal, stream, comm, x,
-                weights, tables, y, row_weights, tokens, row_scalars);
+ffi::Error DispatchCached(int32_t ordinal, cudaStream_t stream, int64_t comm, int64_t fill,
+                          ffi::AnyBuffer x, Floats weights, ffi::AnyBuffer scales, Ints tables,
+                          ffi::AnyBuffer y, Floats row_weights, AnyOut tokens,
+                          FloatsOut row_scalars, AnyOut row_scales) {
+  return Launch(ParseDispatchCached, &cuda::Communicator::DispatchCached, ordinal, stream, comm,
+                fill, x, weights, scales, tables, y, row_weights, tokens, row_scalars, row_scales);
 }
 
 ffi::Error Combine(int32_t ordinal, cudaStream_t stream, int64_t comm, ffi::AnyBuffer y,

@@ -28,7 +28,8 @@ inline void BindSpecs(nb::module_& m) {
           "__init__",
           [](MoEShape* self, int32_t num_ranks, int32_t num_experts, int32_t topk,
              int32_t hidden_size, int32_t max_tokens_per_rank, int32_t expert_alignment,
-             int64_t capacity, int32_t layout, int32_t dtype, bool drop_overflow) {
+             int64_t capacity, int32_t layout, int32_t dtype, bool drop_overflow,
+             bool low_latency) {
             new (self) MoEShape{num_ranks,
                                 num_experts,
                                 topk,
@@ -38,11 +39,13 @@ inline void BindSpecs(nb::module_& m) {
                                 capacity,
                                 static_cast<OutputLayout>(layout),
                                 static_cast<DType>(dtype),
-                                drop_overflow};
+                                drop_overflow,
+                                low_latency};
           },
           nb::kw_only(), nb::arg("num_ranks"), nb::arg("num_experts"), nb::arg("topk"),
           nb::arg("hidden_size"), nb::arg("max_tokens_per_rank"), nb::arg("expert_alignment"),
-          nb::arg("capacity"), nb::arg("layout"), nb::arg("dtype"), nb::arg("drop_overflow"))
+          nb::arg("capacity"), nb::arg("layout"), nb::arg("dtype"), nb::arg("drop_overflow"),
+          nb::arg("low_latency"))
       .def("route_tables_size", [](const MoEShape& shape, int64_t num_tokens) {
         return RouteTablesLayout(shape, num_tokens).size;
       });

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import compute_on
 
-from jax_ep.bench.ops import Layer, Op, all_ops
+from jax_ep.bench.layer import Layer
+from jax_ep.bench.ops import Op, all_ops
 from jax_ep.bench.problem import Problem
 from jax_ep.bench.results import Comparison, Row, Times, first_line
 from jax_ep.bench.rows import measure_op
@@ -24,9 +25,10 @@ _ELEMENTWISE_STEPS = 12
 
 
 def measure_all(problem: Problem, rows: list[Row]) -> Iterator[Comparison]:
-    yield from measure_few_blocks(problem, rows)
-    with Problem(problem.workload, problem.mesh, num_sms=FEW_BLOCKS) as few:
-        yield from measure_overlap(few)
+    if not problem.workload.low_latency:
+        yield from measure_few_blocks(problem, rows)
+        with Problem(problem.workload, problem.mesh, num_sms=FEW_BLOCKS) as few:
+            yield from measure_overlap(few)
     yield from measure_command_buffers(problem)
 
 
@@ -80,14 +82,18 @@ def on_collective_stream(fn: Callable) -> Callable:
 
 
 def measure_command_buffers(problem: Problem) -> Iterator[Comparison]:
-    """Forward and backward with XLA's command buffers and without: the same results, and both times."""
-    op, results = _op(problem, "forward + backward"), []
+    """All of a layer's calls with XLA's command buffers and without: the same results, and both times."""
+    op = _op(problem, "forward" if problem.workload.low_latency else "forward + backward")
+    results: list[list] = []  # of each program that is timed: of one call, and of many
 
     def same_as_before(out) -> None:
-        results.append(out)
-        expect_equal("with command buffers and without", results[-1], results[0])
+        results[-1].append(out)
+        before = results[0][len(results[-1]) - 1 :]
+        if before:
+            expect_equal("with command buffers and without", out, before[0])
 
-    def time(name: str, options: dict) -> Comparison:
+    def time(name: str, options: dict, num_calls: int | None = None) -> Comparison:
+        results.append([])
         return _comparison(
             name,
             lambda: measure(
@@ -99,12 +105,16 @@ def measure_command_buffers(problem: Problem) -> Iterator[Comparison]:
                 calls_each=op.num_calls,
                 compiler_options=options,
                 verify=same_as_before,
+                feeds_back=op.feeds_back,
+                num_calls=num_calls,
             ),
         )
 
-    without = time("forward + backward, no command buffers", {"xla_gpu_enable_command_buffer": ""})
+    without = time(f"{op.name}, no command buffers", {"xla_gpu_enable_command_buffer": ""})
     yield without
-    yield time("forward + backward, command buffers as by default", {}).against("without", without.times)
+    # What a call returns may depend on how many came before it.
+    num_calls = without.times.num_calls if without.times else None
+    yield time(f"{op.name}, command buffers as by default", {}, num_calls).against("without", without.times)
 
 
 def measure_few_blocks(problem: Problem, rows: list[Row]) -> Iterator[Comparison]:

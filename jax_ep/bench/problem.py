@@ -10,9 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jax_ep import MoECommunicator, _shapes
+from jax_ep import MoECommunicator, MoEMode, _shapes
 from jax_ep.bench.timing import AXIS
 from jax_ep.bench.workloads import Traffic, Workload
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What ranks dispatch: arrays of all ranks, and what their routing makes ranks move."""
+
+    x: jax.Array
+    topk_ids: jax.Array
+    weights: jax.Array
+    traffic: Traffic
 
 
 class Problem:
@@ -31,15 +41,18 @@ class Problem:
 
     def communicator(self, **arguments) -> MoECommunicator:
         workload = self.workload
+        mode = arguments.get("mode", MoEMode.LOW_LATENCY if workload.low_latency else MoEMode.HIGH_THROUGHPUT)
         return MoECommunicator(
             self.mesh,
             **dict(
                 axis_name=AXIS,
+                mode=mode,
                 num_experts=workload.num_experts,
                 hidden_size=workload.hidden_size,
                 topk=workload.topk,
                 max_tokens_per_rank=workload.num_tokens,
-                max_recv_tokens_per_rank=self.capacity,
+                # There a row has its slot, whatever the routing.
+                max_recv_tokens_per_rank=None if mode is MoEMode.LOW_LATENCY else self.capacity,
                 dtype=self.dtype,
             )
             | arguments,
@@ -65,12 +78,24 @@ class Problem:
         spec = PartitionSpec(AXIS)
         return jax.jit(jax.shard_map(fn, mesh=self.mesh, in_specs=spec, out_specs=spec))(*args)
 
+    @property
+    def inputs(self) -> Inputs:
+        return Inputs(self.x, self.topk_ids, self.weights, self.traffic)
+
+    def first(self, num_tokens: int) -> Inputs:
+        """The first of each rank's tokens."""
+        routing = self._routing.reshape(self.num_ranks, -1, self.workload.topk)[:, :num_tokens]
+        traffic = Traffic.of(self.workload, routing.reshape(-1, self.workload.topk), self.num_ranks)
+        arrays = self.map(lambda *a: [every[:num_tokens] for every in a], self.x, self.topk_ids, self.weights)
+        x, topk_ids, weights = arrays
+        return Inputs(x, topk_ids, weights, traffic)
+
     def handle(self):
-        """A handle of this routing, whose scalars are arrays of one element so that they can be sharded."""
+        """A handle of this routing, with a dimension of ranks before each array's own: scalars are sharded too."""
 
         def route(x, topk_ids, weights):
             handle = self.comm.dispatch(x, topk_ids, weights)[1]
-            return dataclasses.replace(handle, num_dropped=handle.num_dropped.reshape(1))
+            return jax.tree.map(lambda a: a[None], handle)
 
         return self.map(route, self.x, self.topk_ids, self.weights)
 
@@ -82,8 +107,8 @@ class Problem:
 
 
 def unstacked(handle):
-    """Inside shard_map: the handle with its scalars as scalars."""
-    return dataclasses.replace(handle, num_dropped=handle.num_dropped.reshape(()))
+    """Inside shard_map: this rank's handle."""
+    return jax.tree.map(lambda a: a[0], handle)
 
 
 def on_host(replicated: jax.Array) -> np.ndarray:

@@ -13,7 +13,8 @@ from jax_ep.bench.results import STOCK_OPS, Baseline, Ceilings, Comparison, Row,
 
 _LEGEND = """\
 us: median per call, calls chained in one program with nothing between them; spread: half the repeats' range over it.
-link floor: payload of the busier direction of the most loaded rank's link, at the rate of plain stores to all peers.
+link floor: payload of the busier direction of the most loaded rank's link, at the rate of plain stores to all peers;
+in low-latency mode, and one flag round trip besides.
 local floor: rows that rank must read and write in its own memory, at the rate of a plain copy. x floor: to the larger.
 stock: the fastest of several pipelines of stock JAX collectives that do the same job, over several XLA flags."""
 
@@ -56,7 +57,8 @@ def print_problem(problem: dict[str, Any], ceilings: Ceilings) -> None:
     workload, traffic = problem["workload"], problem["traffic"]
     print(
         f"{workload['name']}: T={workload['num_tokens']} H={workload['hidden_size']} E={workload['num_experts']} "
-        f"K={workload['topk']} bfloat16, capacity {problem['capacity']} rows. The most loaded rank receives "
+        f"K={workload['topk']} bfloat16, {'low latency' if workload['low_latency'] else 'high throughput'}, output "
+        f"{list(problem['output_shape'])} per rank. The most loaded rank receives "
         f"{traffic['rows_received']} rows; {traffic['rows_over_link']} (token, rank) rows cross its link. "
         f"Arena {problem['arena_bytes'] / 2**20:.0f} MiB."
     )

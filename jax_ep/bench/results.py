@@ -47,6 +47,7 @@ class Row:
     error: str | None = None
     link_bytes: int = 0  # through the busier direction of its link
     local_bytes: int = 0  # read and written in its own memory
+    flag_round_trips: int = 0  # that are part of the link's floor, in low-latency mode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +69,10 @@ class Ceilings:
     errors: dict[str, str]
 
     def link_floor_s(self, row: Row) -> float | None:
-        return _ratio(row.link_bytes, self.store_bytes_per_s)
+        bytes_s = _ratio(row.link_bytes, self.store_bytes_per_s)
+        if bytes_s is None or row.flag_round_trips == 0:
+            return bytes_s
+        return None if self.flag_round_trip_s is None else bytes_s + row.flag_round_trips * self.flag_round_trip_s
 
     def local_floor_s(self, row: Row) -> float | None:
         return _ratio(row.local_bytes, self.copy_bytes_per_s)

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from jax_ep import DispatchOutput, MoECommunicator
+from jax_ep import DispatchLayout, DispatchOutput, MoECommunicator
+from jax_ep.bench.layer import rows_of_slots
 from jax_ep.bench.problem import Problem, on_host
 from jax_ep.bench.results import StressResult
 from jax_ep.bench.timing import AXIS
@@ -21,6 +22,7 @@ _ROUNDS_PER_PROGRAM = 50
 # Roundings of bfloat16 that a sum of one token's rows may be off.
 _TOLERANCE = 2.0**-5
 _MIX = 0x9E3779B1
+_SHARE_OF_IDLE_RANKS = 1 / 8
 
 
 class Round(NamedTuple):
@@ -67,21 +69,36 @@ def _program(comm: MoECommunicator, workload: Workload, mesh: Mesh):
 
 
 def _draw(workload: Workload, index) -> Round:
-    """Random tokens, of which a random part has no experts, and experts from a random part of all, some unused."""
+    """Random tokens, of which a random part has no experts, and experts from a random part of all, some unused.
+
+    Some ranks have no token at all. In low-latency mode a token names an expert once: a slot each is what there is.
+    """
     everywhere = jax.random.fold_in(jax.random.key(0), index)
     mine = jax.random.fold_in(everywhere, lax.axis_index(AXIS))
-    keys = jax.random.split(mine, 6)
+    keys = jax.random.split(mine, 7)
     shape = (workload.num_tokens, workload.topk)
     num_hot = jax.random.randint(everywhere, (), 1, workload.num_experts + 1)
-    topk_ids = jax.random.randint(keys[0], shape, 0, workload.num_experts) % num_hot
+    if workload.low_latency:
+        topk_ids = _distinct(keys[0], workload, num_hot)
+    else:
+        topk_ids = jax.random.randint(keys[0], shape, 0, workload.num_experts) % num_hot
     unused = jax.random.uniform(keys[1], shape) < jax.random.uniform(keys[2], ())
     num_live = jax.random.randint(keys[3], (), 0, workload.num_tokens + 1)
+    num_live = jnp.where(jax.random.uniform(keys[6]) < _SHARE_OF_IDLE_RANKS, 0, num_live)
     dead = jnp.arange(workload.num_tokens)[:, None] >= num_live
     return Round(
         x=jax.random.normal(keys[4], (workload.num_tokens, workload.hidden_size), jnp.bfloat16),
         topk_ids=jnp.where(unused | dead, -1, topk_ids).astype(jnp.int32),
         weights=jax.random.uniform(keys[5], shape, jnp.float32),
     )
+
+
+def _distinct(key, workload: Workload, num_hot):
+    """Experts below `num_hot`, none twice for a token; -1 where there are not enough of them."""
+    all_experts = jnp.arange(workload.num_experts, dtype=jnp.int32)
+    draws = jax.random.uniform(key, (workload.num_tokens, workload.num_experts))
+    topk_ids = lax.top_k(jnp.where(all_experts < num_hot, draws, -1), workload.topk)[1].astype(jnp.int32)
+    return jnp.where(topk_ids < num_hot, topk_ids, -1)
 
 
 def _num_wrong_sums(got, drawn: Round):
@@ -99,10 +116,14 @@ def _sent_checksum(drawn: Round):
 
 def _received_checksum(comm: MoECommunicator, out: DispatchOutput):
     """Rows of the wrong expert change it; those without a token are zero, and add nothing."""
-    row = jnp.arange(comm.capacity, dtype=jnp.int32)
-    local = jnp.searchsorted(out.layout.offsets[1:], row, side="right", method="compare_all").astype(jnp.int32)
+    tokens, counts = out.tokens, out.layout.num_tokens_per_expert
+    if out.layout.kind is DispatchLayout.EXPERT_MAJOR:
+        # Of its many slots, no more can hold a token than there are (token, k).
+        tokens = rows_of_slots(tokens, counts, comm.num_ranks * comm.config.max_tokens_per_rank * comm.config.topk)
+    row = jnp.arange(tokens.shape[0], dtype=jnp.int32)
+    local = jnp.searchsorted(jnp.cumsum(counts), row, side="right", method="compare_all").astype(jnp.int32)
     expert = lax.axis_index(AXIS) * comm.num_local_experts + local
-    return jnp.sum(_hash(out.tokens) * _expert_factor(expert), dtype=jnp.uint32)
+    return jnp.sum(_hash(tokens) * _expert_factor(expert), dtype=jnp.uint32)
 
 
 def _hash(rows):

@@ -13,7 +13,8 @@ from jax_ep.bench.results import Point
 from jax_ep.bench.rows import measure_op
 from jax_ep.bench.workloads import Workload
 
-SWEPT = ("dispatch, cached handle", "combine, weighted")
+_SWEPT = ("dispatch, cached handle", "combine, weighted")
+_SWEPT_LOW_LATENCY = ("dispatch, fresh routing", "combine, weighted")
 _BLOCKS = (8, 16, 24, 32, 48, 64, 96, 132)
 _FEWEST_TOKENS = 256
 
@@ -39,5 +40,5 @@ def _token_counts(most: int) -> list[int]:
 def _points(axis: str, value: int, workload: Workload, mesh: Mesh, **arguments) -> Iterator[Point]:
     with Problem(workload, mesh, **arguments) as problem:
         for op in all_ops(problem):
-            if op.name in SWEPT:
+            if op.name in (_SWEPT_LOW_LATENCY if workload.low_latency else _SWEPT):
                 yield Point(axis, value, measure_op(problem, op))

@@ -21,8 +21,12 @@ OUR_CALLS = r'custom_call_target="jax_ep_'
 COLLECTIVES = r" (?:ragged-all-to-all|all-to-all|all-gather)(?:-start)?\("
 
 _REPEATS = 7
+# Calls in a program: as many as fill a time, but not so many that compiling takes long; more of them where they are so
+# short that the host could not start such programs as fast as they run.
 _MAX_CALLS = 16
+_MAX_SHORT_CALLS = 512
 _SECONDS_PER_PROGRAM = 0.05
+_SHORTEST_PROGRAM_S = 0.005
 _SECONDS_PER_SAMPLE = 0.05
 # Programs in flight on GPUs, so that the time to start one is hidden.
 _AHEAD = 2
@@ -34,19 +38,24 @@ class UnexpectedProgram(RuntimeError):
     """XLA merged, dropped or added what a measurement is about."""
 
 
-def chain(op: Callable, num_calls: int) -> Callable:
+def chain(op: Callable, num_calls: int, kept: Callable | None = None) -> Callable:
     """`op(changing[i], *fixed)` for each i, one call after the other.
 
     No kernel runs between the calls. Every call has parameters of its own in `changing`, so that none can be merged
     with another, and its result is a result of the program, so that none can be dropped. The barrier makes each
     call depend on the one before; XLA's GPU compiler removes it only once all is scheduled.
+
+    With `kept`, only that part of a call's result is the program's. A custom call writes all of its results if any is
+    used, and the others' memory is free again for the next call.
     """
 
     def program(changing, fixed):
         outs = []
         for i in range(num_calls):
             following = changing[i + 1 : i + 2]
-            out, following, fixed = jax.lax.optimization_barrier((op(changing[i], *fixed), following, fixed))
+            out = op(changing[i], *fixed)
+            out = out if kept is None else kept(out)
+            out, following, fixed = jax.lax.optimization_barrier((out, following, fixed))
             changing = (*changing[: i + 1], *following, *changing[i + 2 :])
             outs.append(out)
         return outs
@@ -54,11 +63,36 @@ def chain(op: Callable, num_calls: int) -> Callable:
     return program
 
 
-def compile_chain(op: Callable, mesh: Mesh, changing, fixed, num_calls: int, compiler_options=None):
-    """The compiled chain, to be called with `((changing,) * num_calls, fixed)`."""
+def chain_that_feeds_back(op: Callable, num_calls: int) -> Callable:
+    """`op(carried, *fixed)`, where each call takes the result of the one before: none can be merged or dropped."""
+
+    def program(changing, fixed):
+        (carried,) = changing
+        for _ in range(num_calls):
+            carried = op(carried, *fixed)
+        return [carried]
+
+    return program
+
+
+def compile_chain(
+    op: Callable,
+    mesh: Mesh,
+    changing,
+    fixed,
+    num_calls: int,
+    compiler_options=None,
+    *,
+    kept: Callable | None = None,
+    feeds_back: bool = False,
+):
+    """The compiled chain, to be called with `((changing,) * num_calls, fixed)`; one that feeds back, with
+    `((changing,), fixed)`."""
     spec = PartitionSpec(AXIS)
-    program = jax.jit(jax.shard_map(chain(op, num_calls), mesh=mesh, in_specs=spec, out_specs=spec))
-    return program.lower((changing,) * num_calls, fixed).compile(compiler_options=compiler_options)
+    body = chain_that_feeds_back(op, num_calls) if feeds_back else chain(op, num_calls, kept)
+    program = jax.jit(jax.shard_map(body, mesh=mesh, in_specs=spec, out_specs=spec))
+    changing = (changing,) * (1 if feeds_back else num_calls)
+    return program.lower(changing, fixed).compile(compiler_options=compiler_options)
 
 
 def count_calls(text: str, marker: str) -> int:
@@ -100,34 +134,59 @@ def measure(
     calls_each: int | None = None,
     compiler_options: dict | None = None,
     verify: Callable = lambda out: None,
+    kept: Callable | None = None,
+    feeds_back: bool = False,
+    num_calls: int | None = None,
 ) -> Times:
-    """Times `op(changing, *fixed)`, mapped over the mesh's axis; all are arrays sharded along it. `verify` is given
-    the result of one call, to raise what is wrong with it.
+    """Times `op(changing, *fixed)`, mapped over the mesh's axis; all are arrays sharded along it.
+
+    `verify` is given the result of a program of one call, and that of the last of many unless only a part of it is
+    `kept`, to raise what is wrong with it. An op that `feeds_back` takes for `changing` what it returned before.
 
     Raises:
       UnexpectedProgram: the compiled program does not make as many calls as it should; those are counted by the regular
         expression `marker`, `calls_each` per op if given.
     """
     on_cpu = mesh.devices.flat[0].platform == "cpu"
-    compiled = one = compile_chain(op, mesh, changing, fixed, 1, compiler_options)
-    per_call, result_bytes = _first_impression(one, changing, fixed, mesh, verify)
-    largest = max(leaf.nbytes for leaf in jax.tree.leaves((changing, fixed))) // mesh.size
-    # The CPU compiler drops barriers and runs independent calls side by side: one call per program there.
-    num_calls = 1 if on_cpu else _calls_per_program(per_call, result_bytes // mesh.size, mesh)
-    if num_calls > 1:
-        compiled = compile_chain(op, mesh, changing, fixed, num_calls, compiler_options)
-    check_chain(one.as_text(), compiled.as_text(), num_calls, marker, calls_each, max(1, largest // 16))
-
-    def run():
-        return compiled((changing,) * num_calls, fixed)
-
     ahead = 0 if on_cpu else _AHEAD
-    if num_calls > 1:  # what is loaded or recorded at first
-        seconds(run, 3, ahead)
-    (per_program,) = agreed_maximum([seconds(run, 2, ahead) / 2], mesh)
+    one = compile_chain(op, mesh, changing, fixed, 1, compiler_options)
+    per_call, most = _first_impression(one, changing, fixed, mesh, verify, kept)
+    few = max(1, min(_MAX_CALLS, most, int(_SECONDS_PER_PROGRAM / per_call)))
+    if on_cpu:  # whose compiler drops barriers and runs independent calls side by side
+        few = most = 1
+    if num_calls:
+        few = most = num_calls
+    largest = max(leaf.nbytes for leaf in jax.tree.leaves((changing, fixed))) // mesh.size
+
+    def program_of(calls: int) -> Callable:
+        compiled = one
+        if calls > 1 or kept is not None:
+            compiled = compile_chain(
+                op, mesh, changing, fixed, calls, compiler_options, kept=kept, feeds_back=feeds_back
+            )
+        check_chain(one.as_text(), compiled.as_text(), calls, marker, calls_each, max(1, largest // 16))
+        operands = (changing,) * (1 if feeds_back else calls), fixed
+        return lambda: compiled(*operands)
+
+    run, calls, per_program = _long_enough(program_of, few, most, ahead, mesh)
+    if kept is None and calls > 1:
+        verify(run()[-1])
     num_programs = max(1, math.ceil(_SECONDS_PER_SAMPLE / per_program))
-    samples = [_seconds_per_program(run, num_programs, ahead) / num_calls for _ in range(_REPEATS)]
-    return Times(agreed_maximum(samples, mesh), num_calls)
+    samples = [_seconds_per_program(run, num_programs, ahead) / calls for _ in range(_REPEATS)]
+    return Times(agreed_maximum(samples, mesh), calls)
+
+
+def _long_enough(program_of: Callable, few: int, most: int, ahead: int, mesh: Mesh) -> tuple[Callable, int, float]:
+    """A program of `few` calls, or of up to `most` so that it is not too short; its calls, and the seconds it takes."""
+    calls = few
+    while True:
+        run = program_of(calls)
+        if ahead:
+            seconds(run, 3, ahead)  # what is loaded or recorded at first
+        (per_program,) = agreed_maximum([seconds(run, 2, ahead) / 2], mesh)
+        if per_program >= _SHORTEST_PROGRAM_S or calls >= most:
+            return run, calls, per_program
+        calls = min(most, calls * math.ceil(_SHORTEST_PROGRAM_S / per_program))
 
 
 def _seconds_per_program(run: Callable, num_programs: int, ahead: int) -> float:
@@ -161,19 +220,14 @@ def agreed_maximum(values: list[float], mesh: Mesh) -> list[float]:
     return np.asarray(maximum.addressable_data(0)).astype(float).tolist()
 
 
-def _first_impression(one, changing, fixed, mesh: Mesh, verify: Callable) -> tuple[float, int]:
-    """Seconds per call, the same in all processes, and the bytes of its results on all devices."""
+def _first_impression(one, changing, fixed, mesh: Mesh, verify: Callable, kept: Callable | None) -> tuple[float, int]:
+    """Seconds per call, and the most calls whose results have room; the same in all processes."""
     (out,) = jax.block_until_ready(one((changing,), fixed))
-    result_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(out))
     verify(out)
+    result_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(out if kept is None else kept(out)))
     del out
     (per_call,) = agreed_maximum([seconds(lambda: one((changing,), fixed))], mesh)
-    return per_call, result_bytes
-
-
-def _calls_per_program(per_call: float, result_bytes: int, mesh: Mesh) -> int:
-    """As many as fill a program's time, within what their results may take; the same in all processes."""
     stats = mesh.local_devices[0].memory_stats() or {}
     room = stats.get("bytes_limit", 2**34) * _RESULTS_SHARE
-    calls = int(min(_MAX_CALLS, _SECONDS_PER_PROGRAM / per_call, room / max(1, result_bytes)))
-    return int(agreed_maximum([max(1, calls)], mesh)[0])
+    calls = min(_MAX_SHORT_CALLS, room * mesh.size / max(1, result_bytes))
+    return per_call, int(agreed_maximum([max(1, int(calls))], mesh)[0])

@@ -16,7 +16,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 import jax_ep
-from jax_ep.bench import baselines, ceilings, comparisons, rows, stress, sweeps
+from jax_ep import MoEMode
+from jax_ep.bench import baselines, ceilings, comparisons, ops, rows, stress, sweeps
 from jax_ep.bench.problem import Problem
 from jax_ep.bench.results import Baseline, restored
 from jax_ep.bench.stages import Stage
@@ -84,14 +85,14 @@ def _ours(stage: Stage, mesh: Mesh, workload: Workload, on_cpu: bool, report: Re
             dict(
                 workload=workload,
                 traffic=problem.traffic,
-                capacity=problem.capacity,
+                output_shape=(*problem.comm.rows_shape, workload.hidden_size),
                 row_bytes=problem.row_bytes,
                 arena_bytes=problem.comm.arena_bytes,
                 blocks=stage.blocks,
                 implementation=problem.comm.config.implementation,
             ),
         )
-        report("total", len(ceilings.names(not on_cpu)) + rows.NUM_OPS)
+        report("total", len(ceilings.names(not on_cpu)) + ops.num_ops(workload))
         for measured in ceilings.measure_ceilings(problem):
             report("ceilings", measured)
         measured_rows = []
@@ -114,8 +115,9 @@ def _baselines(stage: Stage, mesh: Mesh, workload: Workload, on_cpu: bool, repor
         report("configuration", dict(key=configuration.key, if_failed=configuration.failed("")))
         return None
 
-    with Problem(workload, mesh) as problem:
-        report("total", baselines.num_at_most(on_cpu, stage.sweep_flags, stage.only))
+    # Stock JAX has one mode.
+    with Problem(workload, mesh, mode=MoEMode.HIGH_THROUGHPUT) as problem:
+        report("total", baselines.num_at_most(workload, on_cpu, stage.sweep_flags, stage.only))
         measured = baselines.measure_baselines(problem, sweep=stage.sweep_flags, only=stage.only, begin=begin)
         for key, baseline in measured:
             report("baseline", dict(key=key, baseline=baseline))

@@ -18,6 +18,7 @@ class Workload:
     topk: int  # K
     zipf_exponent: float = 0.0  # 0 is uniform routing
     capacity_factor: float = 1.25  # of balanced routing
+    low_latency: bool = False  # the mode that it is measured in
 
     @property
     def capacity(self) -> int:
@@ -44,9 +45,10 @@ WORKLOADS = {
         Workload("train-4k", 4096, 7168, 256, 8),
         Workload("train-4k-skewed", 4096, 7168, 256, 8, zipf_exponent=1.0),
         Workload("small", 8192, 2048, 64, 8),
-        Workload("decode", 128, 7168, 256, 8),
+        Workload("decode", 128, 7168, 256, 8, low_latency=True),
         Workload("cpu-2k", 2048, 1024, 64, 8),
         Workload("tiny", 64, 64, 16, 2),
+        Workload("tiny-decode", 16, 64, 16, 2, low_latency=True),
     )
 }
 

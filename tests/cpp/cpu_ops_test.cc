@@ -25,6 +25,7 @@
 
 #include "common/registry.h"
 #include "cpu/communicator.h"
+#include "cpu/quantize.h"
 #include "cpu/rows.h"
 #include "layer.h"
 #include "naive.h"
@@ -44,17 +45,22 @@ double SecondsSince(Clock::time_point start) {
 // --- Threads as ranks ---
 
 int TestRandomShapes() {
-  constexpr int kShapes = 25;
+  constexpr int kShapes = 40;
   Random random(1);
   int passed = 0;
   for (const int ranks : {1, 2, 3, 4, 8})
     for (int i = 0; i < kShapes; ++i, ++passed) {
-      const MoEShape shape = DrawShape(ranks, random);
+      const MoEShape shape = DrawShape(ranks, random, kAllFeatures);
       Communicator communicator(LocalSpec(shape));
-      RunRounds(communicator, DrawLayers(shape, 3, random), 2);
+      RunRounds(communicator, DrawLayers(shape, 3, random, kAllFeatures), 2);
     }
   return passed;
 }
+
+constexpr OutputLayout kLayouts[] = {OutputLayout::kFlat, OutputLayout::kRankMajor,
+                                     OutputLayout::kExpertMajor};
+
+constexpr DType kDTypes[] = {DType::kF16, DType::kBF16, DType::kF32, DType::kF64};
 
 // Every way to draw topk_ids with every layout, and with capacity for all, for some and for one
 // row.
@@ -62,15 +68,18 @@ int TestRoutings() {
   Random random(2);
   int passed = 0;
   for (int draw = 0; draw < kNumDraws; ++draw)
-    for (const OutputLayout layout : {OutputLayout::kFlat, OutputLayout::kRankMajor})
+    for (const OutputLayout layout : kLayouts)
       for (const int64_t capacity : {18, 7, 1})
         for (const bool drop : {false, true}) {
           MoEShape shape = SmallShape(3, layout);
           shape.capacity = capacity, shape.drop_overflow = drop;
+          if (layout == OutputLayout::kExpertMajor)
+            shape.capacity = naive::AlignUp(capacity, shape.local_experts());
           Communicator communicator(LocalSpec(shape));
           std::vector<Layer> layers;
           for (const int64_t tokens : {0, 1, 3})
-            layers.push_back(DrawLayer(shape, tokens, static_cast<Draw>(draw), random));
+            layers.push_back(
+                DrawLayer(shape, tokens, static_cast<Draw>(draw), random, kAllFeatures));
           RunRounds(communicator, layers, 1);
           ++passed;
         }
@@ -80,12 +89,15 @@ int TestRoutings() {
 int TestLargeShapes() {
   Random random(3);
   int passed = 0;
-  for (const OutputLayout layout : {OutputLayout::kFlat, OutputLayout::kRankMajor})
-    for (const DType dtype : {DType::kF16, DType::kBF16, DType::kF32, DType::kF64}) {
+  for (const OutputLayout layout : kLayouts)
+    for (const DType dtype : kDTypes) {
       const MoEShape shape = LargeShape(2, layout, dtype);
       Communicator communicator(LocalSpec(shape));
-      RunRounds(communicator, {DrawLayer(shape, shape.max_tokens_per_rank, Draw::kUniform, random)},
-                1);
+      std::vector<Layer> layers;
+      for (const Features& features : {Features{}, kAllFeatures})
+        layers.push_back(
+            DrawLayer(shape, shape.max_tokens_per_rank, Draw::kUniform, random, features));
+      RunRounds(communicator, layers, 1);
       ++passed;
     }
   return passed;
@@ -97,7 +109,7 @@ int TestManyRounds() {
   for (const int ranks : {2, 4}) {
     const MoEShape shape = SmallShape(ranks);
     Communicator communicator(LocalSpec(shape));
-    RunRounds(communicator, DrawLayers(shape, 4, random), kRounds);
+    RunRounds(communicator, DrawLayers(shape, 4, random, kAllFeatures), kRounds);
   }
   return 2 * kRounds;
 }
@@ -108,7 +120,7 @@ int TestGroups() {
   Random random(5);
   const MoEShape shape = SmallShape(3);
   Communicator communicator(MakeSpec(shape, 1, 3, 2, kNoTimeout));
-  RunRounds(communicator, DrawLayers(shape, 4, random), kRounds);
+  RunRounds(communicator, DrawLayers(shape, 4, random, kAllFeatures), kRounds);
   return kRounds;
 }
 
@@ -349,7 +361,7 @@ void CheckRounding(DType dtype) {
          {middle, std::nextafterf(middle, 0.0f), std::nextafterf(middle, 2 * middle)}) {
       T rounded;
       cpu::Store(&rounded, &x, 1);
-      const uint16_t expected = naive::Encode16(x, naive::FormatOf(dtype));
+      const uint16_t expected = naive::Encode(x, naive::FormatOf(dtype));
       if (!std::isnan(x) && rounded.bits != expected)
         Fail("rows: %a as dtype %d: expected %#x, got %#x", x, static_cast<int>(dtype), expected,
              rounded.bits);
@@ -361,6 +373,50 @@ int TestRounding() {
   CheckRounding<cpu::F16>(DType::kF16);
   CheckRounding<cpu::BF16>(DType::kBF16);
   return 2 << 16;
+}
+
+// Rows of every type of element and scale, with every 16-bit number, and blocks of every kind.
+void CheckQuantize(DType dtype, int64_t block, const Bytes& rows, int64_t n) {
+  for (const QuantDType to : {QuantDType::kE4M3, QuantDType::kE5M2, QuantDType::kInt8})
+    for (const ScaleDType scale_dtype : {ScaleDType::kF32, ScaleDType::kE8M0}) {
+      const naive::Quant naive_quant{block, to, scale_dtype};
+      Bytes expected, expected_scales;
+      naive::Quantize(dtype, rows, n, naive_quant, &expected, &expected_scales);
+      QuantParams quant;
+      quant.block = static_cast<int32_t>(block), quant.dtype = to, quant.scale_dtype = scale_dtype;
+      Bytes elements(n), scales(expected_scales.size());
+      Floats widened(n);
+      cpu::QuantizeRow(dtype, quant, rows.data(), n, widened.data(), elements.data(),
+                       scales.data());
+      for (int64_t i = 0; i < n; ++i)
+        if (!naive::SameElement(to, elements[i], expected[i]) ||
+            !naive::SameScale(scale_dtype, scales, expected_scales, i / block))
+          Fail("quantize: %a of dtype %d to %d, scale %d of %d: expected %#x, got %#x",
+               naive::Get(dtype, rows.data(), i), static_cast<int>(dtype), static_cast<int>(to),
+               static_cast<int>(i / block), static_cast<int>(scale_dtype),
+               static_cast<int>(expected[i]), static_cast<int>(elements[i]));
+    }
+}
+
+int TestQuantize() {
+  constexpr int64_t kBlocks[] = {1, 2, 7, 16, 32, 100, 128, 1 << 12}, kNumbers = 1 << 16;
+  Random random(10);
+  int passed = 0;
+  for (const DType dtype : {DType::kF16, DType::kBF16}) {
+    Bytes rows(2 * kNumbers);
+    for (int bits = 0; bits < kNumbers; ++bits) {
+      const auto number = static_cast<uint16_t>(bits);
+      std::memcpy(rows.data() + 2 * bits, &number, 2);
+    }
+    for (const int64_t block : {1, 16, 1 << 12}) CheckQuantize(dtype, block, rows, kNumbers);
+  }
+  for (const DType dtype : kDTypes)
+    for (const int64_t block : kBlocks) {
+      const int64_t n = kNumbers / block * block;
+      CheckQuantize(dtype, block, DrawRowsToQuantise(dtype, n, block, random), n);
+      ++passed;
+    }
+  return passed;
 }
 
 // --- Processes as ranks ---
@@ -377,14 +433,15 @@ CommunicatorSpec SpecOf(const Topology& t, const MoEShape& shape, double timeout
 }
 
 int TestProcesses() {
-  constexpr int kShapes = 5, kRounds = 120;
+  constexpr int kShapes = 8, kRounds = 120;
   for (const Topology& topology : kTopologies)
     RunProcesses(topology.processes, [&](Board& board, int process) {
       const int ranks = topology.processes * topology.local;
       Random random(6);  // all processes draw the same
       for (int i = 0; i < kShapes + 1; ++i) {
-        const MoEShape shape = i < kShapes ? DrawShape(ranks, random) : SmallShape(ranks);
-        const std::vector<Layer> layers = DrawLayers(shape, 4, random);
+        const MoEShape shape =
+            i < kShapes ? DrawShape(ranks, random, kAllFeatures) : SmallShape(ranks);
+        const std::vector<Layer> layers = DrawLayers(shape, 4, random, kAllFeatures);
         const auto communicator =
             Connect(board, SpecOf(topology, shape, kNoTimeout), process, topology.processes);
         RunRounds(*communicator, layers, i < kShapes ? 3 : kRounds);
@@ -475,18 +532,33 @@ int TestSilentProcessAndNoLaneLeft() {
 }
 
 // Processes whose programs differ must not take each other's bytes for their own.
-int TestDifferentPrograms() {
+void RunDifferentPrograms(const Layer (&layers)[2], RankWalk::Step step, Phase phase) {
   RunProcesses(2, [&](Board& board, int process) {
-    Random random(8);
-    const Layer layers[] = {DrawLayer(SmallShape(2), 2, Draw::kUniform, random),
-                            DrawLayer(SmallShape(2), 3, Draw::kUniform, random)};
     const auto communicator = Connect(board, MakeSpec(SmallShape(2), 2, 1, 1, 0.5), process, 2);
+    const int32_t ordinal = process * kOrdinalsPerProcess;
     RankWalk walk(layers[process], process);
-    ExpectTimeout(RunStep(*communicator, process * kOrdinalsPerProcess, walk, RankWalk::kRoute),
-                  process, 1 - process, Phase::kRoute);
+    if (step != RankWalk::kRoute &&
+        RunStep(*communicator, ordinal, walk, RankWalk::kRoute).code != ErrorCode::kNone)
+      Fail("routing, which is the same, failed");
+    ExpectTimeout(RunStep(*communicator, ordinal, walk, step), process, 1 - process, phase);
     board.Meet(2);
   });
-  return 1;
+}
+
+int TestDifferentPrograms() {
+  Random random(8);
+  const MoEShape shape = SmallShape(2);
+  const auto draw = [&](int64_t num_tokens) {
+    return DrawLayer(shape, num_tokens, Draw::kUniform, random);
+  };
+  RunDifferentPrograms({draw(2), draw(3)}, RankWalk::kRoute, Phase::kRoute);
+  const Layer plain = draw(2);
+  Layer quantised = plain, came_quantised = plain;
+  while (quantised.quant.block == 0 || quantised.came_quantised) DrawQuantised(random, &quantised);
+  while (!came_quantised.came_quantised) DrawQuantised(random, &came_quantised);
+  RunDifferentPrograms({plain, quantised}, RankWalk::kDispatch, Phase::kDispatch);
+  RunDifferentPrograms({quantised, came_quantised}, RankWalk::kDispatch, Phase::kDispatch);
+  return 3;
 }
 
 // Runs rounds until one fails.
@@ -549,6 +621,7 @@ constexpr Test kTests[] = {
     {"lane handover", TestLaneHandover},
     {"lane keys", TestLaneKeys},
     {"rounding", TestRounding},
+    {"quantize", TestQuantize},
 };
 
 }  // namespace

@@ -82,14 +82,17 @@ RouteParams OnDevice(const MoEShape& shape, RouteParams p, Mirror& mirror) {
 
 DispatchParams OnDevice(const MoEShape& shape, DispatchParams p, const RouteTables& tables,
                         Mirror& mirror) {
-  const int64_t rows = shape.capacity, row_bytes = shape.row_bytes();
+  const int64_t rows = shape.capacity, scale_bytes = p.scale_row_bytes(shape);
   const int64_t scalars = p.y != nullptr ? 1 : shape.weights_per_row();
-  p.x = mirror(p.x, p.num_tokens * row_bytes);
+  const int64_t x_row_bytes = p.x_row_bytes(shape);
+  p.quant.scales = mirror(p.quant.scales, p.num_tokens * scale_bytes);
+  p.quant.row_scales = mirror(p.quant.row_scales, rows * scale_bytes);
+  p.x = mirror(p.x, p.num_tokens * x_row_bytes);
   p.weights = mirror(p.weights, p.num_tokens * shape.topk * 4);
   p.tables = tables;
-  p.y = mirror(p.y, rows * row_bytes);
+  p.y = mirror(p.y, rows * shape.row_bytes());
   p.row_weights = mirror(p.row_weights, rows * 4);
-  p.tokens = mirror(p.tokens, rows * row_bytes);
+  p.tokens = mirror(p.tokens, rows * p.row_bytes(shape));
   p.row_scalars = mirror(p.row_scalars, rows * scalars * 4);
   return p;
 }
@@ -127,7 +130,7 @@ CudaParams ParamsOf(RankWalk& walk, Step step) {
       return FreshDispatchParams{std::get<RouteParams>(walk.Op(RankWalk::kRoute)),
                                  dispatch(RankWalk::kDispatch)};
     case Step::kCached:
-      return dispatch(RankWalk::kDispatch);
+      return dispatch(RankWalk::kDispatchCached);
     case Step::kScaled:
       return dispatch(RankWalk::kDispatchScaled);
     case Step::kCombine:
@@ -186,17 +189,12 @@ void RunStep(cuda::Communicator& communicator, Streams& streams, const MoEShape&
   }
 }
 
-// The cached dispatch writes over what the fresh one wrote.
-constexpr Step kWithoutCached[] = {Step::kFresh, Step::kScaled, Step::kCombine};
-constexpr Step kWithCached[] = {Step::kFresh, Step::kCached, Step::kScaled, Step::kCombine};
-
-template <size_t kSteps>
-void RunLayer(cuda::Communicator& communicator, Streams& streams, const Layer& layer,
-              const Step (&steps)[kSteps]) {
+void RunLayer(cuda::Communicator& communicator, Streams& streams, const Layer& layer) {
   Walks walks;
   for (int rank = 0; rank < layer.shape.num_ranks; ++rank)
     walks.push_back(std::make_unique<RankWalk>(layer, rank));
-  for (const Step step : steps) RunStep(communicator, streams, layer.shape, walks, step);
+  for (const Step step : {Step::kFresh, Step::kCached, Step::kScaled, Step::kCombine})
+    RunStep(communicator, streams, layer.shape, walks, step);
   for (const auto& walk : walks) walk->Check();
   const ErrorRecord error = communicator.TakeError();
   if (error.code != layer.error.code)
@@ -204,16 +202,28 @@ void RunLayer(cuda::Communicator& communicator, Streams& streams, const Layer& l
          static_cast<int>(layer.error.code));
 }
 
-// Rows are multiples of 16 bytes here, over one warp's turn and over several.
+// Rows are multiples of 16 bytes here, quantised ones too, over one warp's turn and over several.
 MoEShape DrawCudaShape(int ranks, Random& random) {
-  MoEShape shape = DrawShape(ranks, random);
-  shape.hidden_size = OneOf<int32_t>(random, {8, 24, 520, 2056});
+  MoEShape shape = DrawShape(ranks, random, kAllFeatures);
+  shape.hidden_size = OneOf<int32_t>(random, {16, 48, 768, 2064});
+  if (shape.layout != OutputLayout::kExpertMajor) shape.low_latency = Between(random, 0, 1) > 0;
   if (ranks <= 4 && Between(random, 0, 3) == 0) {
     shape.max_tokens_per_rank = 300;  // more than one block routes
-    shape.capacity = int64_t{ranks} * 300 * shape.rows_per_token() +
-                     shape.local_experts() * (shape.expert_alignment - 1);
+    const int64_t tokens = int64_t{ranks} * shape.max_tokens_per_rank;
+    shape.capacity = shape.layout == OutputLayout::kExpertMajor
+                         ? tokens * shape.local_experts()
+                         : tokens * shape.rows_per_token() +
+                               shape.local_experts() * (shape.expert_alignment - 1);
   }
   return shape;
+}
+
+// A quantised row and its scales travel in the place of a plain one.
+bool Fits(const Layer& layer) {
+  if (layer.quant.block == 0) return true;
+  const int64_t scales = layer.shape.hidden_size / layer.quant.block;
+  const int64_t bytes = layer.quant.scale_dtype == ScaleDType::kF32 ? 4 : 1;
+  return layer.shape.hidden_size + scales * bytes <= layer.shape.row_bytes();
 }
 
 int Main(int shapes, int only_ranks) {
@@ -232,10 +242,8 @@ int Main(int shapes, int only_ranks) {
       cuda::Communicator communicator(spec);
       if (const std::string error = communicator.Prepare(); !error.empty())
         Fail("%s", error.c_str());
-      for (const Layer& layer : DrawLayers(shape, 3, random)) {
-        RunLayer(communicator, streams, layer, kWithoutCached);
-        RunLayer(communicator, streams, layer, kWithCached);
-      }
+      for (const Layer& layer : DrawLayers(shape, 6, random, kAllFeatures))
+        if (Fits(layer)) RunLayer(communicator, streams, layer);
     }
     std::printf("%d ranks: %d passed\n", ranks, shapes);
     std::fflush(stdout);

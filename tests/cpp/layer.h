@@ -16,6 +16,7 @@
 #include <mutex>
 #include <random>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -92,23 +93,38 @@ inline int32_t DrawId(const MoEShape& shape, Draw draw, Random& random) {
   return -1;
 }
 
+// What is drawn beyond what every backend does.
+struct Features {
+  bool expert_major = false, quantised = false;
+};
+constexpr Features kAllFeatures = {true, true};
+
 struct Layer {
   MoEShape shape;
   int64_t num_tokens = 0;
-  bool weighted = false, returns_scalars = false;
+  bool weighted = false, returns_scalars = false, fill = true;
+  // How rows are quantised, and if it is before dispatch: then `elements` and `scales` are inputs.
+  naive::Quant quant;
+  bool came_quantised = false;
   // Inputs by rank. Rows that hold no token are NaN: nobody may read them.
   naive::TopkIds topk_ids;
   std::vector<Bytes> x, y;
+  std::vector<Bytes> x_to_quantise;
   std::vector<Floats> weights, row_weights, row_scalars;
   // What must come of them, by rank.
+  std::vector<Bytes> elements, scales;  // the quantised rows, before they are dispatched
   std::vector<naive::Routing> routing;
   ErrorRecord error;
   std::vector<std::vector<naive::Bounded>> combined;
   std::vector<Floats> token_scalars;
 };
 
+inline int64_t ElementBytes(DType dtype) {
+  return dtype == DType::kF64 ? 8 : dtype == DType::kF32 ? 4 : 2;
+}
+
 inline Bytes DrawRows(DType dtype, int64_t elements, Random& random) {
-  Bytes rows(elements * (dtype == DType::kF64 ? 8 : dtype == DType::kF32 ? 4 : 2));
+  Bytes rows(elements * ElementBytes(dtype));
   for (int64_t i = 0; i < elements; ++i) naive::Put(dtype, DrawNumber(random), rows.data(), i);
   return rows;
 }
@@ -138,13 +154,73 @@ inline void DrawExpertRows(int rank, Random& random, Layer* layer) {
   }
 }
 
-inline Layer DrawLayer(const MoEShape& shape, int64_t num_tokens, Draw draw, Random& random) {
+// Of all magnitudes, block by block, with everything that is no number or hardly one.
+inline Bytes DrawRowsToQuantise(DType dtype, int64_t elements, int64_t block, Random& random) {
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+  Bytes rows(elements * ElementBytes(dtype));
+  int exponent = 0, num_specials = 0;
+  for (int64_t i = 0; i < elements; ++i) {
+    if (i % block == 0) {
+      exponent = OneOf(random, {0, 0, -12, -24, 15, 60, -60, -88, -91, -110, -130, -148, 126, 200});
+      num_specials = OneOf(random, {0, 0, 0, 1, 100});
+    }
+    double x = std::ldexp(std::uniform_real_distribution<double>(-2, 2)(random), exponent);
+    if (Between(random, 0, 199) < num_specials)
+      x = OneOf(random, {0.0, -0.0, kNaN, -kNaN, kInfinity, -kInfinity, 0x1p-149, -0x1p-127});
+    naive::Put(dtype, x, rows.data(), i);
+  }
+  return rows;
+}
+
+inline Bytes DrawBytes(int64_t size, Random& random) {
+  Bytes bytes(size);
+  for (std::byte& byte : bytes) byte = static_cast<std::byte>(Between(random, 0, 255));
+  return bytes;
+}
+
+// Any block that divides the rows, any dtypes.
+inline naive::Quant DrawQuant(int32_t hidden_size, Random& random) {
+  naive::Quant quant;
+  do quant.block = Between(random, 1, hidden_size);
+  while (hidden_size % quant.block != 0);
+  quant.dtype = OneOf(random, {QuantDType::kE4M3, QuantDType::kE5M2, QuantDType::kInt8});
+  quant.scale_dtype = OneOf(random, {ScaleDType::kF32, ScaleDType::kE8M0});
+  return quant;
+}
+
+inline void DrawQuantised(Random& random, Layer* layer) {
+  const MoEShape& shape = layer->shape;
+  const int64_t size = layer->num_tokens * shape.hidden_size;
+  layer->quant = DrawQuant(shape.hidden_size, random);
+  layer->came_quantised = Between(random, 0, 2) == 0;
+  layer->x_to_quantise.resize(shape.num_ranks);
+  layer->elements.resize(shape.num_ranks), layer->scales.resize(shape.num_ranks);
+  for (int rank = 0; rank < shape.num_ranks; ++rank) {
+    const naive::Quant& quant = layer->quant;
+    if (layer->came_quantised) {
+      // Not looked into.
+      layer->elements[rank] = DrawBytes(size, random);
+      layer->scales[rank] =
+          DrawBytes(size / quant.block * naive::ScaleBytes(quant.scale_dtype), random);
+      continue;
+    }
+    layer->x_to_quantise[rank] = DrawRowsToQuantise(shape.dtype, size, quant.block, random);
+    naive::Quantize(shape.dtype, layer->x_to_quantise[rank], size, quant, &layer->elements[rank],
+                    &layer->scales[rank]);
+  }
+}
+
+inline Layer DrawLayer(const MoEShape& shape, int64_t num_tokens, Draw draw, Random& random,
+                       Features features = {}) {
   const int ranks = shape.num_ranks;
   Layer layer;
   layer.shape = shape;
   layer.num_tokens = num_tokens;
   layer.weighted = Between(random, 0, 2) > 0;
   layer.returns_scalars = Between(random, 0, 1) > 0;
+  if (shape.layout == OutputLayout::kExpertMajor) layer.fill = Between(random, 0, 1) > 0;
+  if (features.quantised && Between(random, 0, 1) > 0) DrawQuantised(random, &layer);
   layer.topk_ids.resize(ranks), layer.x.resize(ranks), layer.y.resize(ranks);
   layer.weights.resize(ranks), layer.row_weights.resize(ranks), layer.row_scalars.resize(ranks);
   for (int rank = 0; rank < ranks; ++rank) DrawTokens(rank, draw, random, &layer);
@@ -163,7 +239,7 @@ inline Layer DrawLayer(const MoEShape& shape, int64_t num_tokens, Draw draw, Ran
 }
 
 // One rank's walk through a layer, driven by the completion callbacks as XLA drives a program:
-// routing first, then three ops that need nothing but its tables, in an order of this rank's own.
+// routing first, then four ops that need nothing but its tables, in an order of this rank's own.
 class RankWalk {
  public:
   RankWalk(const Layer& layer, int rank);
@@ -174,16 +250,23 @@ class RankWalk {
   void Start(Communicator& communicator, int32_t ordinal, const OpKey& key, uint32_t order_seed);
   // Returns the first error that an op was given.
   ErrorRecord Wait();
-  // Compares everything written with the oracle.
+  // Compares everything written with the oracle; the cached dispatch only if there was one.
   void Check() const;
 
   // The ops, for tests that take single steps.
-  enum Step { kRoute, kDispatch, kDispatchScaled, kCombine, kNumSteps };
+  enum Step { kRoute, kDispatch, kDispatchCached, kDispatchScaled, kCombine, kNumSteps };
   cpu::OpParams Op(Step step);
 
  private:
+  // What a dispatch writes.
+  struct Received {
+    Bytes tokens, row_scales;
+    Floats row_scalars;
+  };
+
+  RouteTables Tables();
   RouteParams Route();
-  DispatchParams Dispatch();
+  DispatchParams Dispatch(Received* received);
   // The gradient of combine, with x in the place of the gradient.
   DispatchParams DispatchScaled();
   CombineParams Combine();
@@ -192,7 +275,9 @@ class RankWalk {
   void Finish(int num_ops, const ErrorRecord& error);
 
   void CheckRoute() const;
-  void CheckDispatch() const;
+  void CheckDispatch(const Received& received) const;
+  void CheckPoisoned(const Received& received) const;
+  Received ExpectedOf(const Received& received) const;
   void CheckDispatchScaled() const;
   void CheckCombine() const;
   void ExpectNaN(const char* name, const Bytes& rows) const;
@@ -209,13 +294,14 @@ class RankWalk {
   // Outputs, of exactly the size that XLA would give them, full of what nobody wrote.
   Ints tables_, num_tokens_per_expert_, offsets_, recv_topk_ids_;
   int32_t num_dropped_ = -1;
-  Bytes tokens_, scaled_, out_;
-  Floats row_scalars_, dots_, token_scalars_;
+  Received fresh_, cached_;
+  Bytes scaled_, out_;
+  Floats dots_, token_scalars_;
 
   Communicator* communicator_ = nullptr;
   int32_t ordinal_ = 0;
   OpKey key_;
-  std::array<Step, 3> order_ = {kDispatch, kDispatchScaled, kCombine};
+  std::array<Step, 4> order_ = {kDispatch, kDispatchCached, kDispatchScaled, kCombine};
 
   std::mutex mutex_;
   std::condition_variable all_done_;
@@ -231,57 +317,79 @@ inline RankWalk::RankWalk(const Layer& layer, int rank) : layer_(layer), rank_(r
   num_tokens_per_expert_.assign(shape.local_experts(), kGarbage);
   offsets_.assign(shape.num_row_groups() + 1, kGarbage);
   if (shape.layout == OutputLayout::kRankMajor) recv_topk_ids_.assign(rows * shape.topk, kGarbage);
-  tokens_.assign(rows * row_bytes, std::byte{0x5a});
-  scaled_ = tokens_;
+  scaled_.assign(rows * row_bytes, std::byte{0x5a});
   out_.assign(layer.num_tokens * row_bytes, std::byte{0x5a});
-  if (layer.weighted) row_scalars_.assign(rows * shape.weights_per_row(), 1e30f);
   dots_.assign(rows, 1e30f);
   if (layer.returns_scalars) token_scalars_.assign(layer.num_tokens * shape.topk, 1e30f);
 }
 
+inline RouteTables RankWalk::Tables() {
+  return RouteTablesLayout(layer_.shape, layer_.num_tokens).At(tables_.data());
+}
+
 inline RouteParams RankWalk::Route() {
-  const RouteTables tables = RouteTablesLayout(layer_.shape, layer_.num_tokens).At(tables_.data());
   return {layer_.num_tokens,
           layer_.topk_ids[rank_].data(),
-          tables,
+          Tables(),
           num_tokens_per_expert_.data(),
           offsets_.data(),
           &num_dropped_,
           recv_topk_ids_.data()};
 }
 
-inline DispatchParams RankWalk::Dispatch() {
-  const RouteTables tables = RouteTablesLayout(layer_.shape, layer_.num_tokens).At(tables_.data());
-  return {layer_.num_tokens,
-          layer_.x[rank_].data(),
-          layer_.weighted ? layer_.weights[rank_].data() : nullptr,
-          tables,
-          nullptr,
-          nullptr,
-          tokens_.data(),
-          layer_.weighted ? row_scalars_.data() : nullptr};
+inline DispatchParams RankWalk::Dispatch(Received* received) {
+  const MoEShape& shape = layer_.shape;
+  const naive::Quant& quant = layer_.quant;
+  DispatchParams p{};
+  p.num_tokens = layer_.num_tokens;
+  p.x = layer_.x[rank_].data();
+  if (layer_.weighted) p.weights = layer_.weights[rank_].data();
+  p.tables = Tables();
+  p.fill = layer_.fill;
+  if (quant.block > 0) {
+    p.quant.block = static_cast<int32_t>(quant.block);
+    p.quant.dtype = quant.dtype;
+    p.quant.scale_dtype = quant.scale_dtype;
+    if (layer_.came_quantised) p.quant.scales = layer_.scales[rank_].data();
+    p.x = (layer_.came_quantised ? layer_.elements : layer_.x_to_quantise)[rank_].data();
+  }
+  const int64_t rows = shape.capacity;
+  received->tokens.assign(rows * p.row_bytes(shape), std::byte{0x5a});
+  received->row_scales.assign(rows * p.scale_row_bytes(shape), std::byte{0x5a});
+  if (layer_.weighted) received->row_scalars.assign(rows * shape.weights_per_row(), 1e30f);
+  p.tokens = received->tokens.data();
+  if (layer_.weighted) p.row_scalars = received->row_scalars.data();
+  if (quant.block > 0) p.quant.row_scales = received->row_scales.data();
+  return p;
 }
 
 inline DispatchParams RankWalk::DispatchScaled() {
-  const RouteTables tables = RouteTablesLayout(layer_.shape, layer_.num_tokens).At(tables_.data());
-  return {layer_.num_tokens,      layer_.x[rank_].data(),           nullptr,        tables,
-          layer_.y[rank_].data(), layer_.row_weights[rank_].data(), scaled_.data(), dots_.data()};
+  DispatchParams p{};
+  p.num_tokens = layer_.num_tokens;
+  p.x = layer_.x[rank_].data();
+  p.tables = Tables();
+  p.y = layer_.y[rank_].data();
+  p.row_weights = layer_.row_weights[rank_].data();
+  p.tokens = scaled_.data();
+  p.row_scalars = dots_.data();
+  p.fill = true;
+  return p;
 }
 
 inline CombineParams RankWalk::Combine() {
-  const RouteTables tables = RouteTablesLayout(layer_.shape, layer_.num_tokens).At(tables_.data());
   return {layer_.num_tokens,
           layer_.y[rank_].data(),
           layer_.weighted ? layer_.row_weights[rank_].data() : nullptr,
           layer_.returns_scalars ? layer_.row_scalars[rank_].data() : nullptr,
-          tables,
+          Tables(),
           out_.data(),
           layer_.returns_scalars ? token_scalars_.data() : nullptr};
 }
 
 inline cpu::OpParams RankWalk::Op(Step step) {
   if (step == kRoute) return Route();
-  if (step == kDispatch) return Dispatch();
+  if (step == kDispatch) return Dispatch(&fresh_);
+  if (step == kDispatchCached) return Dispatch(&cached_);
   if (step == kDispatchScaled) return DispatchScaled();
   return Combine();
 }
@@ -322,7 +430,8 @@ inline ErrorRecord RankWalk::Wait() {
 
 inline void RankWalk::Check() const {
   CheckRoute();
-  CheckDispatch();
+  CheckDispatch(fresh_);
+  if (!cached_.tokens.empty()) CheckDispatch(cached_);
   CheckDispatchScaled();
   CheckCombine();
 }
@@ -349,27 +458,79 @@ inline void RankWalk::CheckRoute() const {
                static_cast<int32_t>(layer_.error.got)});
 }
 
-inline void RankWalk::CheckDispatch() const {
-  if (layer_.error.code != ErrorCode::kNone)
-    return ExpectNaN("tokens", tokens_), ExpectNaN("row_weights", row_scalars_);
+// What must be in `received`; itself where anything may be.
+inline RankWalk::Received RankWalk::ExpectedOf(const Received& received) const {
   const MoEShape& shape = layer_.shape;
-  const int64_t row_bytes = shape.row_bytes(), topk = shape.topk;
-  Bytes tokens(tokens_.size());
-  Floats row_scalars(row_scalars_.size());
-  for (int64_t row = 0; row < shape.capacity; ++row) {
+  const std::vector<Bytes>& elements = layer_.quant.block > 0 ? layer_.elements : layer_.x;
+  const int64_t rows = shape.capacity, topk = shape.topk;
+  const int64_t row_bytes = static_cast<int64_t>(received.tokens.size()) / rows;
+  const int64_t scale_bytes = static_cast<int64_t>(received.row_scales.size()) / rows;
+  Received expected{Bytes(received.tokens.size()), Bytes(received.row_scales.size()),
+                    Floats(received.row_scalars.size())};
+  if (!layer_.fill) expected = received;
+  for (int64_t row = 0; row < rows; ++row) {
     const naive::Origin& origin = layer_.routing[rank_].rows[row];
     if (origin.source < 0) continue;
-    std::copy_n(layer_.x[origin.source].begin() + origin.token * row_bytes, row_bytes,
-                tokens.begin() + row * row_bytes);
+    std::copy_n(elements[origin.source].begin() + origin.token * row_bytes, row_bytes,
+                expected.tokens.begin() + row * row_bytes);
+    if (scale_bytes > 0)
+      std::copy_n(layer_.scales[origin.source].begin() + origin.token * scale_bytes, scale_bytes,
+                  expected.row_scales.begin() + row * scale_bytes);
     if (!layer_.weighted) continue;
     const float* weights = layer_.weights[origin.source].data() + origin.token * topk;
     if (shape.layout == OutputLayout::kRankMajor)
-      std::copy_n(weights, topk, row_scalars.begin() + row * topk);
+      std::copy_n(weights, topk, expected.row_scalars.begin() + row * topk);
     else
-      row_scalars[row] = weights[origin.k];
+      expected.row_scalars[row] = weights[origin.k];
   }
-  ExpectEqual("tokens", tokens_, tokens);
-  ExpectEqual("row_weights", row_scalars_, row_scalars);
+  return expected;
+}
+
+inline void RankWalk::CheckDispatch(const Received& received) const {
+  if (layer_.error.code != ErrorCode::kNone) return CheckPoisoned(received);
+  const Received expected = ExpectedOf(received);
+  ExpectEqual("row_weights", received.row_scalars, expected.row_scalars);
+  const naive::Quant& quant = layer_.quant;
+  if (quant.block == 0) return ExpectEqual("tokens", received.tokens, expected.tokens);
+  const auto fail = [&](const char* name, size_t at, std::byte got, std::byte wanted) {
+    Fail("rank %d: %s[%zu] of blocks of %lld: expected byte %#x, got %#x; %s", rank_, name, at,
+         static_cast<long long>(quant.block), static_cast<int>(wanted), static_cast<int>(got),
+         Describe(layer_.shape).c_str());
+  };
+  const auto same_elements = [&](std::byte a, std::byte b) {
+    return layer_.came_quantised ? a == b : naive::SameElement(quant.dtype, a, b);
+  };
+  for (size_t i = 0; i < received.tokens.size(); ++i)
+    if (!same_elements(received.tokens[i], expected.tokens[i]))
+      fail("tokens", i, received.tokens[i], expected.tokens[i]);
+  const size_t bytes = naive::ScaleBytes(quant.scale_dtype);
+  for (size_t i = 0; i < received.row_scales.size() / bytes; ++i)
+    if (!naive::SameScale(quant.scale_dtype, received.row_scales, expected.row_scales, i))
+      fail("row_scales", i, received.row_scales[i * bytes], expected.row_scales[i * bytes]);
+}
+
+// Rows that hold anything at other times are not looked at.
+inline void RankWalk::CheckPoisoned(const Received& received) const {
+  const MoEShape& shape = layer_.shape;
+  const auto of_row = [&](const auto& all, int64_t row) {
+    const auto size = static_cast<int64_t>(all.size()) / shape.capacity;
+    return std::decay_t<decltype(all)>(all.begin() + row * size, all.begin() + (row + 1) * size);
+  };
+  for (int64_t row = 0; row < shape.capacity; ++row) {
+    if (!layer_.fill && layer_.routing[rank_].rows[row].source < 0) continue;
+    ExpectNaN("row_weights", of_row(received.row_scalars, row));
+    const Bytes tokens = of_row(received.tokens, row), scales = of_row(received.row_scales, row);
+    if (layer_.quant.block == 0) {
+      ExpectNaN("tokens", tokens);
+      continue;
+    }
+    ExpectEqual("tokens", tokens, Bytes(tokens.size()));
+    Bytes nans(scales.size(), std::byte{0xff});  // a float's as well
+    const auto bytes = naive::ScaleBytes(layer_.quant.scale_dtype);
+    for (int64_t i = 0; i < static_cast<int64_t>(scales.size()) / bytes; ++i)
+      if (!naive::SameScale(layer_.quant.scale_dtype, scales, nans, i))
+        Fail("rank %d: row_scales: expected NaN; %s", rank_, Describe(shape).c_str());
+  }
 }
 
 inline void RankWalk::CheckDispatchScaled() const {

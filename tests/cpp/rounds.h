@@ -31,21 +31,27 @@ inline MoEShape SmallShape(int ranks, OutputLayout layout = OutputLayout::kFlat)
   return shape;
 }
 
-inline MoEShape DrawShape(int ranks, Random& random) {
+inline MoEShape DrawShape(int ranks, Random& random, Features features = {}) {
   MoEShape shape;
   shape.num_ranks = ranks;
   shape.num_experts = ranks * static_cast<int32_t>(Between(random, 1, 6));
   shape.topk = static_cast<int32_t>(Between(random, 1, 16));
-  shape.hidden_size = OneOf<int32_t>(random, {1, 3, 8, 17, 33});
+  shape.hidden_size = OneOf<int32_t>(random, {1, 3, 8, 17, 33, 96});
   shape.max_tokens_per_rank = OneOf<int32_t>(random, {1, 2, 9, 20});
   shape.layout = OneOf(random, {OutputLayout::kFlat, OutputLayout::kRankMajor});
+  if (features.expert_major && Between(random, 0, 2) == 0)
+    shape.layout = OutputLayout::kExpertMajor, shape.low_latency = true;
   shape.dtype = OneOf(random, {DType::kF16, DType::kBF16, DType::kF32, DType::kF64});
   if (shape.layout == OutputLayout::kFlat)
     shape.expert_alignment = OneOf<int32_t>(random, {1, 1, 3, 16});
   const int64_t tokens = int64_t{ranks} * shape.max_tokens_per_rank;
-  const int64_t worst =
-      tokens * shape.rows_per_token() + shape.local_experts() * (shape.expert_alignment - 1);
+  // In kExpertMajor of each expert; too few where tokens name it more than once.
+  const bool expert_major = shape.layout == OutputLayout::kExpertMajor;
+  const int64_t worst = expert_major ? tokens
+                                     : tokens * shape.rows_per_token() +
+                                           shape.local_experts() * (shape.expert_alignment - 1);
   shape.capacity = Between(random, 0, 2) > 0 ? worst : Between(random, 1, worst);
+  if (expert_major) shape.capacity *= shape.local_experts();
   shape.drop_overflow = Between(random, 0, 1) > 0;
   return shape;
 }
@@ -66,11 +72,13 @@ inline Layer AnyLayer(const MoEShape& shape) {
   return DrawLayer(shape, shape.max_tokens_per_rank, Draw::kUniform, random);
 }
 
-inline std::vector<Layer> DrawLayers(const MoEShape& shape, int count, Random& random) {
+inline std::vector<Layer> DrawLayers(const MoEShape& shape, int count, Random& random,
+                                     Features features = {}) {
   std::vector<Layer> layers;
   for (int i = 0; i < count; ++i) {
     const Draw draw = static_cast<Draw>(Between(random, 0, kNumDraws - 1));
-    layers.push_back(DrawLayer(shape, Between(random, 0, shape.max_tokens_per_rank), draw, random));
+    const int64_t num_tokens = Between(random, 0, shape.max_tokens_per_rank);
+    layers.push_back(DrawLayer(shape, num_tokens, draw, random, features));
   }
   return layers;
 }

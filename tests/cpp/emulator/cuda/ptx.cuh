@@ -3,6 +3,7 @@
 #define JAX_EP_CUDA_PTX_CUH_
 
 #include <chrono>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 
@@ -23,6 +24,16 @@ inline uint32_t ld_acquire_sys(const uint32_t* at) {
 inline uint32_t ld_relaxed_sys(const uint32_t* at) {
   emulator::Block::Current()->Yield();
   return __atomic_load_n(at, __ATOMIC_RELAXED);
+}
+inline void st_relaxed_sys(uint32_t* at, uint32_t value) {
+  __atomic_store_n(at, value, __ATOMIC_RELAXED);
+}
+inline uint64_t ld_relaxed_sys(const uint64_t* at) {
+  emulator::Block::Current()->Yield();
+  return __atomic_load_n(at, __ATOMIC_RELAXED);
+}
+inline void st_relaxed_sys(uint64_t* at, uint64_t value) {
+  __atomic_store_n(at, value, __ATOMIC_RELAXED);
 }
 inline uint32_t ld_volatile(const uint32_t* at) { return __atomic_load_n(at, __ATOMIC_RELAXED); }
 inline void fence_acq_rel_sys() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
@@ -91,6 +102,25 @@ inline void fence_proxy_async() {}
 inline int4 ld_nc_no_allocate(const int4* at) { return *at; }
 inline int4 ld_no_allocate(const int4* at) { return *at; }
 inline void st_no_allocate(int4* at, const int4& value) { *at = value; }
+
+// An 8-bit float of `mantissa_bits`, at most `largest`, from its magnitude in steps of its
+// exponent.
+inline uint8_t CvtFp8(float x, int mantissa_bits, int bias, float largest) {
+  const uint8_t sign = std::signbit(x) ? 0x80 : 0;
+  if (std::isnan(x)) return 0x7f;
+  const float magnitude = std::min(std::fabs(x), largest);
+  int exponent = 1 - bias;
+  if (magnitude > 0) exponent = std::max(std::ilogb(magnitude), exponent);
+  const int steps =
+      static_cast<int>(std::nearbyint(std::ldexp(magnitude, mantissa_bits - exponent)));
+  return sign | static_cast<uint8_t>(((exponent + bias - 1) << mantissa_bits) + steps);
+}
+inline uint16_t cvt_e4m3x2(float low, float high) {
+  return CvtFp8(low, 3, 7, 448.0f) | CvtFp8(high, 3, 7, 448.0f) << 8;
+}
+inline uint16_t cvt_e5m2x2(float low, float high) {
+  return CvtFp8(low, 2, 15, 57344.0f) | CvtFp8(high, 2, 15, 57344.0f) << 8;
+}
 
 inline uint64_t globaltimer() {
   return std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count();

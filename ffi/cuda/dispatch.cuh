@@ -1,0 +1,150 @@
+// What the dispatch kernels of both modes share: where a token goes, and what a row has beside it.
+#ifndef JAX_EP_CUDA_DISPATCH_CUH_
+#define JAX_EP_CUDA_DISPATCH_CUH_
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+
+#include "common/ops.h"
+#include "cuda/arena.h"
+#include "cuda/quant.cuh"
+#include "cuda/rows.cuh"
+
+namespace jax_ep::cuda {
+
+constexpr int kMaxTopk = 32;
+
+__device__ __forceinline__ bool IsExpert(const MoEShape& shape, int id) {
+  return id >= 0 && id < shape.num_experts;
+}
+
+__device__ inline int NumRowVectors(const MoEShape& shape, const DispatchParams& p) {
+  return static_cast<int>(p.row_bytes(shape) / 16);
+}
+
+__device__ inline int4* OutputRow(const MoEShape& shape, const DispatchParams& p, int64_t row) {
+  return reinterpret_cast<int4*>(static_cast<std::byte*>(p.tokens) + row * p.row_bytes(shape));
+}
+
+// What is in row_scalars beside each row: its weights, or one dot product.
+__device__ inline int ScalarsPerRow(const MoEShape& shape, const DispatchParams& p) {
+  return p.y != nullptr ? 1 : shape.weights_per_row();
+}
+
+// The ranks that a token goes to, one in each of some lanes of the warp and -1 in the others.
+__device__ inline int DestinationOfLane(const MoEShape& shape, const DispatchParams& p,
+                                        const int32_t* topk_ids, int64_t token) {
+  const int lane = threadIdx.x % 32;
+  if (topk_ids == nullptr)
+    return lane < shape.topk ? p.tables.send_ranks[token * shape.topk + lane] : -1;
+  const int id = lane < shape.topk ? topk_ids[token * shape.topk + lane] : -1;
+  const int rank = IsExpert(shape, id) ? id / shape.local_experts() : -1;
+  const unsigned same = __match_any_sync(kAllLanes, rank);
+  return lane == __ffs(same) - 1 ? rank : -1;
+}
+
+// Calls f with the value of each of `lanes`; all lanes of the warp together.
+template <typename T, typename F>
+__device__ __forceinline__ void ForEachLane(unsigned lanes, T value, const F& f) {
+  for (unsigned rest = lanes; rest != 0; rest &= rest - 1)
+    f(__shfl_sync(kAllLanes, value, __ffs(rest) - 1));
+}
+
+// What receivers read of one token.
+struct TokenSource {
+  bool is_own;
+  const int4* row;
+  const std::byte* scales;  // of quantised rows
+  const float* weights;
+
+  __device__ TokenSource(const MoEShape& shape, const Arena& arena, const DispatchParams& p,
+                         uint32_t epoch, int source, int64_t token)
+      : is_own(source == arena.rank) {
+    if (is_own) {
+      row = reinterpret_cast<const int4*>(static_cast<const std::byte*>(p.x) +
+                                          token * p.x_row_bytes(shape));
+      scales = static_cast<const std::byte*>(p.quant.scales) + token * p.scale_row_bytes(shape);
+      weights = p.weights + token * shape.topk;
+    } else {
+      int4* window = arena.Row(epoch, arena.rank, source, token);
+      row = window;
+      scales = InWindow(shape, window).scales;
+      weights = arena.Scalars(epoch, arena.rank, source, token);
+    }
+  }
+};
+
+// A token's weights go into the windows of `ranks`, one in each of `lanes`: a warp.
+__device__ inline void SendWeights(const MoEShape& shape, const Arena& arena,
+                                   const DispatchParams& p, uint32_t epoch, int64_t token,
+                                   unsigned lanes, int rank) {
+  const int lane = threadIdx.x % 32;
+  if (p.weights == nullptr) return;
+  const float weight = lane < shape.topk ? p.weights[token * shape.topk + lane] : 0.0f;
+  ForEachLane(lanes, rank, [&](int peer) {
+    if (lane < shape.topk) arena.Scalars(epoch, peer, arena.rank, token)[lane] = weight;
+  });
+}
+
+// Stores the weights that came with a token beside its rows, of which lane k holds the k-th.
+__device__ inline void PlaceWeights(const MoEShape& shape, const DispatchParams& p,
+                                    const float* weights, int row) {
+  const int lane = threadIdx.x % 32;
+  if (p.weights == nullptr) return;
+  if (shape.layout == OutputLayout::kRankMajor) {
+    const int64_t only_row = __shfl_sync(kAllLanes, row, 0);
+    if (only_row >= 0 && lane < shape.topk)
+      p.row_scalars[only_row * shape.topk + lane] = weights[lane];
+  } else if (row >= 0) {
+    p.row_scalars[row] = weights[lane];
+  }
+}
+
+// Quantises a token into some rows, by warps `warp` of `warps`: `row(i)` is the i-th QuantRow.
+template <typename X, typename Row>
+__device__ __forceinline__ void QuantiseInto(const MoEShape& shape, const DispatchParams& p,
+                                             const void* x, int warp, int warps, int count,
+                                             const Row& row) {
+  QuantiseRow(
+      p.quant, static_cast<const X*>(x), shape.hidden_size, warp, warps,
+      [&](int first, auto bytes) {
+        for (int i = 0; i < count; ++i)
+          *reinterpret_cast<decltype(bytes)*>(row(i).elements + first) = bytes;
+      },
+      [&](int number, uint32_t bits) {
+        for (int i = 0; i < count; ++i) StoreScale(p.quant, row(i).scales, number, bits);
+      });
+}
+
+// What belongs to a row that holds no token, or one that cannot be had: zeros, or NaN. A warp.
+__device__ inline void FillBesideRow(const MoEShape& shape, const DispatchParams& p, int64_t row,
+                                     bool poison) {
+  const int lane = threadIdx.x % 32, per_row = ScalarsPerRow(shape, p);
+  if (p.quant.block != 0) {
+    std::byte* scales = InOutput(shape, p, row).scales;
+    for (int i = lane; i < shape.hidden_size / p.quant.block; i += 32)
+      StoreScale(p.quant, scales, i, poison ? NaNScale(p.quant) : 0);
+  }
+  if (p.row_scalars == nullptr) return;
+  for (int i = lane; i < per_row; i += 32)
+    p.row_scalars[row * per_row + i] = poison ? __int_as_float(0x7fc00000) : 0.0f;
+}
+// What such a row is full of: not all quantised elements know a NaN, their scales do.
+__device__ inline int4 RowFilling(const MoEShape& shape, const DispatchParams& p, bool poison) {
+  return poison && p.quant.block == 0 ? NaNs(shape.dtype) : make_int4(0, 0, 0, 0);
+}
+
+// NaN for the rows of a token that never came; lane k holds the k-th.
+__device__ inline void PoisonRows(const MoEShape& shape, const DispatchParams& p, int row) {
+  ForEachLane(__ballot_sync(kAllLanes, row >= 0), row, [&](int64_t to) {
+    FillRow(OutputRow(shape, p, to), NumRowVectors(shape, p), RowFilling(shape, p, true));
+    FillBesideRow(shape, p, to, true);
+  });
+}
+
+}  // namespace jax_ep::cuda
+
+#endif  // JAX_EP_CUDA_DISPATCH_CUH_
