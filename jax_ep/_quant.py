@@ -54,9 +54,12 @@ def quantize(x: jax.Array, quant: QuantConfig) -> tuple[jax.Array, jax.Array]:
 
 
 def _reciprocal(x: jax.Array) -> jax.Array:
-    """The float32 nearest to 1 / x. XLA's float32 division is not always that exact; float64, rounded once more, is."""
+    """The float32 nearest to 1 / x. XLA's float32 division is not always that exact; float64, rounded once more, is.
+
+    The barrier keeps compilers from seeing that the whole could be done in float32.
+    """
     with jax.enable_x64(True):
-        return (1.0 / x.astype(jnp.float64)).astype(jnp.float32)
+        return (1.0 / lax.optimization_barrier(x.astype(jnp.float64))).astype(jnp.float32)
 
 
 def _power_of_two_scales(amax_bits: jax.Array, qmax_exponent: int) -> tuple[jax.Array, jax.Array]:

@@ -256,6 +256,11 @@ class MoECommunicator:
         expect(hidden_size % quant.block_size == 0, "quant.block_size", blocks, quant.block_size)
         if self.config.implementation == "cuda":
             expect(hidden_size % 32 == 0, "quant", "a hidden size of a multiple of 32 on CUDA", hidden_size)
+        # A quantised row travels in the place of a plain one.
+        saved = hidden_size * (jnp.dtype(self.config.dtype).itemsize - 1)
+        scale_bytes = hidden_size // quant.block_size * scale_dtype.itemsize
+        fits = f"blocks whose scales take at most the {saved} bytes that quantising a row saves"
+        expect(scale_bytes <= saved, "quant.block_size", fits, f"{quant.block_size}, {scale_bytes} bytes")
         return dataclasses.replace(quant, dtype=dtype, scale_dtype=scale_dtype)
 
     def _vary_alike(self, x, weights, quant, routed_by):

@@ -208,6 +208,7 @@ INT8 = dict(dtype="int8", block_size=4)
         (ValueError, "quant.block_size", dict(), "a divisor of the hidden size 32", "128"),
         (ValueError, "quant.block_size", dict(block_size=12), "a divisor of the hidden size 32", "12"),
         (ValueError, "quant.block_size", dict(block_size=0), "at least 1", "0"),
+        (ValueError, "quant.block_size", dict(block_size=1), "at most the 96 bytes", "1, 128 bytes"),
         (TypeError, "quant.block_size", dict(block_size=4.0), "an int", "float 4.0"),
         (TypeError, "quant.scales", INT8 | dict(scales=1.0), "an array", "float"),
         (ValueError, "quant.scales", INT8 | dict(scales=np.ones(4, np.float32)), "shape [4, 8]", "shape [4]"),

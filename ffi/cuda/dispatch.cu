@@ -30,6 +30,7 @@ __device__ void SendToken(const MoEShape& shape, const Arena& arena, const Dispa
   if (lanes == 0) return;
   int4* const window = sends ? arena.Row(epoch, rank, arena.rank, token) : nullptr;
   const TokenSource from(shape, arena, p, epoch, arena.rank, token);
+  const float weight = WeightOfLane(shape, p, from);
   if constexpr (!std::is_void_v<X>) {
     int4* windows[kMaxTopk];
     int count = 0;
@@ -45,7 +46,7 @@ __device__ void SendToken(const MoEShape& shape, const Arena& arena, const Dispa
                    p.scale_row_bytes(shape), lane, 32);
       });
   }
-  SendWeights(shape, arena, p, epoch, token, lanes, rank);
+  SendWeights(shape, arena, p, epoch, token, lanes, rank, weight);
 }
 
 // Tells all peers that a chunk has arrived.
@@ -96,6 +97,7 @@ class Expander {
     const unsigned lanes = __ballot_sync(kAllLanes, row >= 0);
     if (lanes == 0) return;
     if (!arrived) return PoisonRows(shape, p, row);
+    const float weight = WeightOfLane(shape, p, from);
     if (!std::is_void_v<X> && from.is_own) {
       QuantiseOwn(shape, p, from, row, lanes);
     } else {
@@ -107,7 +109,7 @@ class Expander {
                      threadIdx.x % 32, 32);
         });
     }
-    PlaceWeights(shape, p, from.weights, row);
+    PlaceWeights(shape, p, weight, row);
   }
 
  private:

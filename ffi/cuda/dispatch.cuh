@@ -77,29 +77,34 @@ struct TokenSource {
   }
 };
 
+// Lane k gets the k-th weight of a token: to be read early, and used late.
+__device__ __forceinline__ float WeightOfLane(const MoEShape& shape, const DispatchParams& p,
+                                              const TokenSource& from) {
+  const int lane = threadIdx.x % 32;
+  return p.weights != nullptr && lane < shape.topk ? from.weights[lane] : 0.0f;
+}
+
 // A token's weights go into the windows of `ranks`, one in each of `lanes`: a warp.
 __device__ inline void SendWeights(const MoEShape& shape, const Arena& arena,
                                    const DispatchParams& p, uint32_t epoch, int64_t token,
-                                   unsigned lanes, int rank) {
+                                   unsigned lanes, int rank, float weight) {
   const int lane = threadIdx.x % 32;
   if (p.weights == nullptr) return;
-  const float weight = lane < shape.topk ? p.weights[token * shape.topk + lane] : 0.0f;
   ForEachLane(lanes, rank, [&](int peer) {
     if (lane < shape.topk) arena.Scalars(epoch, peer, arena.rank, token)[lane] = weight;
   });
 }
 
 // Stores the weights that came with a token beside its rows, of which lane k holds the k-th.
-__device__ inline void PlaceWeights(const MoEShape& shape, const DispatchParams& p,
-                                    const float* weights, int row) {
+__device__ inline void PlaceWeights(const MoEShape& shape, const DispatchParams& p, float weight,
+                                    int row) {
   const int lane = threadIdx.x % 32;
   if (p.weights == nullptr) return;
   if (shape.layout == OutputLayout::kRankMajor) {
     const int64_t only_row = __shfl_sync(kAllLanes, row, 0);
-    if (only_row >= 0 && lane < shape.topk)
-      p.row_scalars[only_row * shape.topk + lane] = weights[lane];
+    if (only_row >= 0 && lane < shape.topk) p.row_scalars[only_row * shape.topk + lane] = weight;
   } else if (row >= 0) {
-    p.row_scalars[row] = weights[lane];
+    p.row_scalars[row] = weight;
   }
 }
 

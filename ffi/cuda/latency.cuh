@@ -60,9 +60,10 @@ __device__ inline void CountBlock(const Arena& arena, uint32_t epoch) {
 }
 
 // Ends an exchange: not before every peer has entered, see LeaveEpoch. All threads of all blocks.
+// The last warp of the first block waits, which has less to do than the others.
 __device__ inline void LeaveLatencyEpoch(const Arena& arena, uint32_t epoch, Phase phase) {
-  if (blockIdx.x != 0) return;
-  for (int peer = threadIdx.x; peer < arena.layout.num_ranks; peer += blockDim.x)
+  if (blockIdx.x != 0 || threadIdx.x / 32 != kLatencyWarps - 1) return;
+  for (int peer = threadIdx.x % 32; peer < arena.layout.num_ranks; peer += 32)
     Wait(arena, arena.Ready(arena.rank, peer), epoch, peer, phase);
 }
 

@@ -56,7 +56,7 @@ __device__ __forceinline__ void SyncCounting() {
 
 // What all of a block know once the ids are counted.
 struct Verdict {
-  int32_t code, rank, got, dropped;
+  int32_t code, rank, got;
 };
 
 __device__ void SendIds(const MoEShape& shape, const Arena& arena, const RouteParams& p,
@@ -95,7 +95,7 @@ __device__ int AwaitId(const Arena& arena, const uint64_t* word, uint64_t seen, 
 // Reads all ids, each thread its own, and counts experts.
 __device__ void ReceiveIds(const MoEShape& shape, const Arena& arena, const RouteParams& p,
                            uint32_t epoch, const Routing& routing) {
-  constexpr int kBatch = 8;  // loads in flight
+  constexpr int kBatch = 9;  // loads in flight
   const int per_rank = static_cast<int>(p.num_tokens) * shape.topk;
   bool arrived = true;
   for (int begin = threadIdx.x; begin < routing.num_ids; begin += kBatch * kCountThreads) {
@@ -194,17 +194,17 @@ __device__ int64_t Limit(const MoEShape& shape) {
   return shape.layout == OutputLayout::kExpertMajor ? shape.slots_per_expert() : shape.capacity;
 }
 
-// The first rank whose routing cannot be honoured; all ranks come to the same answer. One warp.
+// The first rank whose routing cannot be honoured; all ranks come to the same answer. A warp.
 __device__ Verdict FindError(const MoEShape& shape, const Arena& arena, const Routing& routing) {
   const int lane = threadIdx.x % 32;
-  if (*routing.lost != 0) return {static_cast<int32_t>(ErrorCode::kTimeout), arena.rank, 0, 0};
+  if (*routing.lost != 0) return {static_cast<int32_t>(ErrorCode::kTimeout), arena.rank, 0};
   for (int begin = 0; begin < shape.num_ranks; begin += 32) {
     const int rank = begin + lane;
     const unsigned bad =
         __ballot_sync(kAllLanes, rank < shape.num_ranks && routing.bad_ids[rank] > 0);
     if (bad == 0) continue;
     const int first = begin + __ffs(bad) - 1;
-    return {static_cast<int32_t>(ErrorCode::kBadExpertId), first, routing.bad_ids[first], 0};
+    return {static_cast<int32_t>(ErrorCode::kBadExpertId), first, routing.bad_ids[first]};
   }
   for (int begin = 0; begin < shape.num_ranks && !shape.drop_overflow; begin += 32) {
     const int rank = begin + lane;
@@ -212,9 +212,9 @@ __device__ Verdict FindError(const MoEShape& shape, const Arena& arena, const Ro
         __ballot_sync(kAllLanes, rank < shape.num_ranks && routing.needed[rank] > Limit(shape));
     if (over == 0) continue;
     const int first = begin + __ffs(over) - 1;
-    return {static_cast<int32_t>(ErrorCode::kOverflow), first, routing.needed[first], 0};
+    return {static_cast<int32_t>(ErrorCode::kOverflow), first, routing.needed[first]};
   }
-  return {static_cast<int32_t>(ErrorCode::kNone), -1, 0, 0};
+  return {static_cast<int32_t>(ErrorCode::kNone), -1, 0};
 }
 
 // Where group `group` ends and what it holds, cut off at the capacity.
@@ -303,8 +303,13 @@ __device__ void FillTables(const MoEShape& shape, const Arena& arena, const Rout
     p.tables.group_counts[group] = kept;
     if (shape.layout != OutputLayout::kRankMajor) p.num_tokens_per_expert[group] = kept;
   }
+  if (threadIdx.x >= 32) return;
+  int dropped = 0;
+  for (int group = threadIdx.x; group < groups; group += 32)
+    dropped += Total(shape, me, routing, group) - Kept(shape, me, routing, group);
+  for (int step = 16; step > 0; step /= 2) dropped += __shfl_xor_sync(kAllLanes, dropped, step);
   if (threadIdx.x != 0) return;
-  *p.num_dropped = p.tables.status[kNumDropped] = verdict.dropped;
+  *p.num_dropped = p.tables.status[kNumDropped] = dropped;
   p.tables.status[kCode] = verdict.code;
   p.tables.status[kRank] = verdict.rank;
   p.tables.status[kDetail] = verdict.got;
@@ -364,6 +369,7 @@ __device__ void SendToken(const MoEShape& shape, const Arena& arena, const Dispa
   const auto window =
       reinterpret_cast<uint64_t>(sends ? arena.Row(epoch, rank, arena.rank, token) : nullptr);
   const TokenSource from(shape, arena, p, epoch, arena.rank, token);
+  const float weight = WeightOfLane(shape, p, from);
   if constexpr (!std::is_void_v<X>) {
     int4* windows[kMaxTopk];
     int count = 0;
@@ -395,7 +401,7 @@ __device__ void SendToken(const MoEShape& shape, const Arena& arena, const Dispa
       });
   }
   const int warp = threadIdx.x / 32;
-  if (warp == 0) SendWeights(shape, arena, p, epoch, token, lanes, rank);
+  if (warp == 0) SendWeights(shape, arena, p, epoch, token, lanes, rank, weight);
   __syncthreads();
   if (warp == kLatencyWarps - 1 && sends)
     ptx::st_release_sys(arena.TokenFlag(rank, arena.rank, token), epoch);
@@ -405,6 +411,7 @@ __device__ void SendToken(const MoEShape& shape, const Arena& arena, const Dispa
 template <typename X>
 __device__ void ExpandToken(const MoEShape& shape, const Squad& squad, const DispatchParams& p,
                             const TokenSource& from, int32_t row) {
+  const float weight = WeightOfLane(shape, p, from);
   const unsigned lanes = __ballot_sync(kAllLanes, row >= 0);
   if (!std::is_void_v<X> && from.is_own) {
     if constexpr (!std::is_void_v<X>) {
@@ -437,7 +444,7 @@ __device__ void ExpandToken(const MoEShape& shape, const Squad& squad, const Dis
                    squad.thread, Squad::kThreads);
       });
   }
-  if (squad.warp == 0) PlaceWeights(shape, p, from.weights, row);
+  if (squad.warp == 0) PlaceWeights(shape, p, weight, row);
 }
 
 // A row that holds no token, or one that cannot be had, and what belongs to it: a warp.
@@ -531,33 +538,21 @@ __device__ void Receive(const MoEShape& shape, const Arena& arena, const RoutePa
 // Counts everybody's ids. Returns what all threads of all blocks agree on.
 __device__ Verdict Count(const MoEShape& shape, const Arena& arena, const RouteParams& p,
                          uint32_t epoch, const Routing& routing) {
-  __shared__ Verdict verdict;
-  const int warp = threadIdx.x / 32, me = arena.rank;
-  if (warp < kCountThreads / 32) {
+  if (threadIdx.x < kCountThreads) {
     const int counters = static_cast<int>(routing.starts - routing.experts);
     for (int i = threadIdx.x; i < counters; i += kCountThreads) routing.experts[i] = 0;
     SyncCounting();
     ReceiveIds(shape, arena, p, epoch, routing);
     SyncCounting();
     if (shape.layout == OutputLayout::kRankMajor) {
-      CountTokens(shape, me, p.num_tokens, routing);
+      CountTokens(shape, arena.rank, p.num_tokens, routing);
       SyncCounting();
     }
     CountNeeded(shape, routing);
-    if (warp == kCountThreads / 32 - 1) FindStarts(shape, me, routing);
-    SyncCounting();
-    if (warp == 0) {
-      Verdict found = FindError(shape, arena, routing);
-      int dropped = 0;
-      for (int group = threadIdx.x; group < shape.num_row_groups(); group += 32)
-        dropped += Total(shape, me, routing, group) - Kept(shape, me, routing, group);
-      for (int step = 16; step > 0; step /= 2) dropped += __shfl_xor_sync(kAllLanes, dropped, step);
-      found.dropped = dropped;
-      if (threadIdx.x == 0) verdict = found;
-    }
+    if (threadIdx.x / 32 == kCountThreads / 32 - 1) FindStarts(shape, arena.rank, routing);
   }
   __syncthreads();
-  return verdict;
+  return FindError(shape, arena, routing);
 }
 
 template <typename X, bool kFresh>
@@ -568,8 +563,8 @@ __global__ void __launch_bounds__(kLatencyThreads, 1)
   if (kFresh) SendIds(shape, arena, route, epoch);
   for (int64_t token = blockIdx.x; token < p.num_tokens; token += gridDim.x) {
     const int rank = DestinationOfLane(shape, p, topk_ids, token);
-    if (kFresh && threadIdx.x < 32) FillSendRanks(shape, route, token, rank);
     SendToken<X>(shape, arena, p, epoch, token, rank);
+    if (kFresh && threadIdx.x < 32) FillSendRanks(shape, route, token, rank);
   }
   __syncthreads();
   if (threadIdx.x == 0) CountBlock(arena, epoch);
@@ -600,7 +595,8 @@ __global__ void __launch_bounds__(kLatencyThreads, 1)
         shape, p, [&](int group) { return int64_t{p.tables.group_offsets[group]}; },
         [&](int group) { return p.tables.group_counts[group]; });
   Receive<X, kFresh>(shape, arena, route, p, epoch, routing, code != 0);
-  LeaveLatencyEpoch(arena, epoch, Phase::kDispatch);
+  // Whoever sent its ids has entered.
+  if (!kFresh) LeaveLatencyEpoch(arena, epoch, Phase::kDispatch);
 }
 
 // Calls `visit` with the kernel for these parameters.

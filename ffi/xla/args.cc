@@ -1,5 +1,7 @@
 #include "xla/args.h"
 
+#include <algorithm>
+
 namespace jax_ep::xla_ffi {
 namespace {
 
@@ -72,6 +74,10 @@ QuantParams ParseQuant(const MoEShape& shape, const ffi::AnyBuffer& x, const ffi
   checks->True(is_e8m0 || row_scales.element_type() == ffi::F32,
                "row_scales: not a type for scales");
   quant.row_scales = row_scales.untyped_data();
+  checks->True(
+      shape.hidden_size + shape.hidden_size / std::max(quant.block, 1) * (is_e8m0 ? 1 : 4) <=
+          shape.row_bytes(),
+      "row_scales: more than the place of a plain row has room for");
   if (Size(scales) == 0) return quant;
   checks->Elements("scales", Size(scales) * quant.block, Rows(x) * shape.hidden_size);
   checks->True(scales.element_type() == row_scales.element_type(),
