@@ -8,9 +8,13 @@ namespace jax_ep::cuda {
 namespace {
 
 // The best of those tried on 2 and 4 H200, with 8 to 132 blocks (docs/performance.md).
-// With two ranks a row that is loaded is stored once, with more ranks several times.
-Senders DispatchSenders(int num_ranks) { return {num_ranks == 2 ? 32 : 12, 0.35}; }
-Senders CombineSenders(int num_ranks) { return {num_ranks == 2 ? 36 : 56, 0.63}; }
+// With two ranks a row that is loaded is stored once, with more ranks several times. What quantises
+// has more to do than to wait for copies.
+Senders DispatchSenders(int num_ranks, bool quantises) {
+  if (quantises) return {64, 0.5};
+  return {num_ranks == 2 ? 24 : 12, 0.35};
+}
+Senders CombineSenders(int num_ranks) { return {num_ranks == 2 ? 28 : 56, 0.63}; }
 
 // The CUDA device of a scope; handlers run on threads whose device XLA has chosen.
 class ScopedDevice {
@@ -214,7 +218,9 @@ std::string Communicator::Dispatch(int32_t ordinal, const FreshDispatchParams& p
   if (error == cudaSuccess)
     error = LaunchDispatch(
         shape, arena, params.dispatch, params.route.topk_ids,
-        BlocksOf(device, spec_.dispatch_blocks, DispatchSenders(spec_.shape.num_ranks)), stream);
+        BlocksOf(device, spec_.dispatch_blocks,
+                 DispatchSenders(spec_.shape.num_ranks, params.dispatch.quantises())),
+        stream);
   return Failed("dispatch", error);
 }
 
@@ -225,10 +231,11 @@ std::string Communicator::DispatchCached(int32_t ordinal, const DispatchParams& 
   if (spec_.shape.low_latency && params.y == nullptr)
     return Failed("cached dispatch", LaunchLatencyDispatch(spec_.shape, ArenaOf(device), nullptr,
                                                            params, SmsOf(device), stream));
-  return Failed("cached dispatch", LaunchDispatch(spec_.shape, ArenaOf(device), params, nullptr,
-                                                  BlocksOf(device, spec_.dispatch_blocks,
-                                                           DispatchSenders(spec_.shape.num_ranks)),
-                                                  stream));
+  return Failed("cached dispatch",
+                LaunchDispatch(spec_.shape, ArenaOf(device), params, nullptr,
+                               BlocksOf(device, spec_.dispatch_blocks,
+                                        DispatchSenders(spec_.shape.num_ranks, params.quantises())),
+                               stream));
 }
 
 std::string Communicator::Combine(int32_t ordinal, const CombineParams& params,

@@ -54,6 +54,11 @@ __device__ __forceinline__ void SyncCounting() {
   ptx::barrier_sync(Squad::kPerBlock + 1, kCountThreads);
 }
 
+// Where only some warps came to the barrier before, racecheck was seen to overlook __syncthreads.
+__device__ __forceinline__ void SyncBlock() {
+  ptx::barrier_sync(Squad::kPerBlock + 2, kLatencyThreads);
+}
+
 // What all of a block know once the ids are counted.
 struct Verdict {
   int32_t code, rank, got;
@@ -476,18 +481,20 @@ __device__ void FillPadding(const MoEShape& shape, const DispatchParams& p, cons
   ForEachRow(offset(groups), shape.capacity, fill);
 }
 
-// The (source, token)s of a block, a few at a time: finds their rows and receives them.
+// The (source, token)s of a block, a few at a time: finds their rows and receives them. Those that
+// are sent first go to blocks that do not send.
 template <typename X, bool kFresh>
 __device__ void Receive(const MoEShape& shape, const Arena& arena, const RouteParams& route,
                         const DispatchParams& p, uint32_t epoch, const Routing& routing,
-                        bool is_poisoned) {
+                        bool is_poisoned, int senders) {
   __shared__ int32_t rows_of_squads[Squad::kPerBlock][kMaxTopk];
   const Squad squad;
   const int lane = threadIdx.x % 32, per_token = shape.rows_per_token(), ranks = shape.num_ranks;
   const int num_items = ranks * static_cast<int>(p.num_tokens), warp = threadIdx.x / 32;
   // Own tokens are spread over the blocks as all others are.
   const auto source_of = [&](int item) { return (arena.rank + item) % ranks; };
-  for (int begin = blockIdx.x; begin < num_items; begin += Squad::kPerBlock * gridDim.x) {
+  const int first = (blockIdx.x + gridDim.x - senders) % gridDim.x;
+  for (int begin = first; begin < num_items; begin += Squad::kPerBlock * gridDim.x) {
     if constexpr (kFresh) {
       for (int i = warp; i < Squad::kPerBlock * per_token; i += kLatencyWarps) {
         const int item = begin + i / per_token * gridDim.x, k = i % per_token;
@@ -510,10 +517,11 @@ __device__ void Receive(const MoEShape& shape, const Arena& arena, const RoutePa
                      : p.tables.recv_rows[(source * p.num_tokens + token) * per_token + lane];
       if (__any_sync(kAllLanes, row >= 0)) {
         if (kFresh && shape.layout == OutputLayout::kRankMajor && squad.warp == 0) {
-          const int first = arena.rank * shape.local_experts();
+          const int first_expert = arena.rank * shape.local_experts();
           const int64_t only_row = __shfl_sync(kAllLanes, row, 0);
           if (lane < shape.topk) {
-            const int e = routing.ids[(source * p.num_tokens + token) * shape.topk + lane] - first;
+            const int e =
+                routing.ids[(source * p.num_tokens + token) * shape.topk + lane] - first_expert;
             route.recv_topk_ids[only_row * shape.topk + lane] =
                 e >= 0 && e < shape.local_experts() ? e : -1;
           }
@@ -551,17 +559,19 @@ __device__ Verdict Count(const MoEShape& shape, const Arena& arena, const RouteP
     CountNeeded(shape, routing);
     if (threadIdx.x / 32 == kCountThreads / 32 - 1) FindStarts(shape, arena.rank, routing);
   }
-  __syncthreads();
+  SyncBlock();
   return FindError(shape, arena, routing);
 }
 
 template <typename X, bool kFresh>
 __global__ void __launch_bounds__(kLatencyThreads, 1)
-    LatencyDispatchKernel(MoEShape shape, Arena arena, RouteParams route, DispatchParams p) {
+    LatencyDispatchKernel(MoEShape shape, Arena arena, RouteParams route, DispatchParams p,
+                          int senders) {
   const uint32_t epoch = EnterLatencyEpoch(arena);
   const int32_t* topk_ids = kFresh ? route.topk_ids : nullptr;
   if (kFresh) SendIds(shape, arena, route, epoch);
-  for (int64_t token = blockIdx.x; token < p.num_tokens; token += gridDim.x) {
+  const bool sends = static_cast<int>(blockIdx.x) < senders;
+  for (int64_t token = blockIdx.x; sends && token < p.num_tokens; token += senders) {
     const int rank = DestinationOfLane(shape, p, topk_ids, token);
     SendToken<X>(shape, arena, p, epoch, token, rank);
     if (kFresh && threadIdx.x < 32) FillSendRanks(shape, route, token, rank);
@@ -594,7 +604,7 @@ __global__ void __launch_bounds__(kLatencyThreads, 1)
     FillPadding(
         shape, p, [&](int group) { return int64_t{p.tables.group_offsets[group]}; },
         [&](int group) { return p.tables.group_counts[group]; });
-  Receive<X, kFresh>(shape, arena, route, p, epoch, routing, code != 0);
+  Receive<X, kFresh>(shape, arena, route, p, epoch, routing, code != 0, senders);
   // Whoever sent its ids has entered.
   if (!kFresh) LeaveLatencyEpoch(arena, epoch, Phase::kDispatch);
 }
@@ -608,6 +618,10 @@ cudaError_t VisitKernel(const MoEShape& shape, bool quantises, const F& visit) {
   });
 }
 
+// Blocks that send: enough to fill the link, and no more. If all tokens were under way at once, all
+// would arrive at the end, and nothing could be expanded meanwhile.
+constexpr int kSenders = 32, kQuantisers = 64;
+
 // Blocks that the rows to be filled keep busy, too.
 int64_t Work(const MoEShape& shape, const DispatchParams& p) {
   const bool fills = shape.layout != OutputLayout::kExpertMajor || p.fill;
@@ -620,14 +634,16 @@ int64_t Work(const MoEShape& shape, const DispatchParams& p) {
 cudaError_t LaunchLatencyDispatch(const MoEShape& shape, const Arena& arena,
                                   const RouteParams* route, const DispatchParams& params, int sms,
                                   cudaStream_t stream) {
-  const int blocks = LatencyBlocks(sms, Work(shape, params));
+  const int blocks = LatencyBlocks(sms, Work(shape, params)),
+            senders = std::min(blocks, params.quantises() ? kQuantisers : kSenders);
   if (route == nullptr)
     return VisitKernel<false>(shape, params.quantises(), [&](auto* kernel) {
-      return Launch(kernel, {blocks, kLatencyThreads}, stream, shape, arena, RouteParams{}, params);
+      return Launch(kernel, {blocks, kLatencyThreads}, stream, shape, arena, RouteParams{}, params,
+                    senders);
     });
   const Grid grid{blocks, kLatencyThreads, Routing::SharedBytes(shape, params.num_tokens)};
   return VisitKernel<true>(shape, params.quantises(), [&](auto* kernel) {
-    return Launch(kernel, grid, stream, shape, arena, *route, params);
+    return Launch(kernel, grid, stream, shape, arena, *route, params, senders);
   });
 }
 
