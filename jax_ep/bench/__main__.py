@@ -179,7 +179,7 @@ def _print(run: Run) -> None:
 
 def _everything(run: Run) -> dict[str, Any]:
     return dict(
-        command=sys.argv,
+        command=["python", "-m", "jax_ep.bench", *sys.argv[1:]],
         environment=run.environment,
         problem=run.problem,
         ceilings=run.ceilings,
