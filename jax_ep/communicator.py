@@ -29,6 +29,8 @@ from jax_ep.types import (
 _IMPLEMENTATIONS = ("cuda", "cpu", "reference")
 _PLATFORMS = {"cuda": "gpu", "cpu": "cpu"}
 _MAX_TIMEOUT_S = 1e6
+# Every block holds all ranks' ids, and a counter for each expert, in its shared memory.
+_MAX_LATENCY_IDS, _MAX_LATENCY_EXPERTS = 2**16, 2**14
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +88,8 @@ class MoECommunicator:
       num_experts: E, over all ranks; divisible by R.
       hidden_size: H, elements per token. On GPUs a row must be a multiple of 16 bytes.
       topk: K, experts per token, 1 to 32.
-      max_tokens_per_rank: the most tokens T that a rank dispatches in one call.
+      max_tokens_per_rank: the most tokens T that a rank dispatches in one call; in mode LOW_LATENCY on GPUs such that
+        all ranks together name at most 65,536 experts.
       mode: `MoEMode.HIGH_THROUGHPUT` for training and prefill, `MoEMode.LOW_LATENCY` for decoding.
       output_layout: a `DispatchLayout`; default `FLAT`, in mode LOW_LATENCY `EXPERT_MAJOR`, which needs that mode.
       max_recv_tokens_per_rank: C, rows of the receive buffer; default the worst case, so that nothing can be
@@ -452,6 +455,13 @@ def _resolve(mesh, config: MoECommunicatorConfig) -> MoECommunicatorConfig:
     if implementation == "cuda":
         row_bytes = config.hidden_size * dtype.itemsize
         expect(row_bytes % 16 == 0, "hidden_size", "rows of a multiple of 16 bytes on CUDA", f"{row_bytes} bytes")
+    if implementation == "cuda" and low_latency:
+        most_tokens = _MAX_LATENCY_IDS // (num_ranks * config.topk)
+        mode = "in mode LOW_LATENCY on CUDA"
+        tokens = config.max_tokens_per_rank
+        expect(tokens <= most_tokens, "max_tokens_per_rank", f"at most {most_tokens} {mode}", tokens)
+        experts = config.num_experts
+        expect(experts <= _MAX_LATENCY_EXPERTS, "num_experts", f"at most {_MAX_LATENCY_EXPERTS} {mode}", experts)
     return dataclasses.replace(config, output_layout=layout, implementation=implementation)
 
 

@@ -226,6 +226,18 @@ def test_argument_of_a_quantised_dispatch(implementation, mesh, case, error, arg
             on_each_rank(comm, lambda: comm.dispatch(**given)[0].tokens)
 
 
+@pytest.mark.parametrize(
+    "argument, given, expected",
+    [("max_tokens_per_rank", 40000, "at most 32768"), ("num_experts", 20000, "at most 16384")],
+)
+def test_more_than_gpus_take_in_low_latency_mode(argument, given, expected):
+    if suite.missing("cuda"):
+        pytest.skip(suite.missing("cuda"))
+    case = Case(num_ranks=1, topk=2, mode=MoEMode.LOW_LATENCY, layout=suite.EXPERT_MAJOR)
+    with raises(ValueError, argument, f"{expected} in mode LOW_LATENCY on CUDA", str(given)):
+        suite.communicator("cuda", suite.make_mesh("cuda", 1), case, **{argument: given})
+
+
 def test_quantised_rows_that_gpus_cannot_move():
     if suite.missing("cuda"):
         pytest.skip(suite.missing("cuda"))
