@@ -3,6 +3,7 @@
 // rank order.
 //
 // As in dispatch, senders come first in the grid, wait for nobody, and help to receive at the end.
+#include "cuda/combine.cuh"
 #include "cuda/launch.h"
 #include "cuda/ops.h"
 #include "cuda/rows.cuh"
@@ -16,31 +17,6 @@ constexpr int kThreads = 2 * kTeamThreads;
 constexpr int kWarps = kThreads / 32;
 // Tokens that a team adds up at a time at their source: few, for the last ones are pure latency.
 constexpr int kTokensPerTask = 2;
-
-// The rows of y that one token of `source` has here; lane k of the warp holds the k-th.
-struct TokenRows {
-  int row;
-  float weight;
-  unsigned lanes;
-  bool is_mine;  // its rows may still all have been dropped
-
-  __device__ TokenRows(const MoEShape& shape, const CombineParams& p, int source, int64_t token) {
-    const int lane = threadIdx.x % 32, per_token = shape.rows_per_token();
-    row = lane < per_token ? p.tables.recv_rows[(source * p.num_tokens + token) * per_token + lane]
-                           : static_cast<int32_t>(kNotMine);
-    weight = row < 0 ? 0.0f : p.row_weights == nullptr ? 1.0f : p.row_weights[row];
-    lanes = __ballot_sync(kAllLanes, row >= 0);
-    is_mine = __any_sync(kAllLanes, row != kNotMine);
-  }
-
-  // The scalar of each of the token's k: lane k gets the k-th, 0 where this rank has none.
-  __device__ float Scalar(const MoEShape& shape, const CombineParams& p) const {
-    const int lane = threadIdx.x % 32;
-    if (shape.layout != OutputLayout::kRankMajor) return row >= 0 ? p.row_scalars[row] : 0.0f;
-    const int64_t only_row = __shfl_sync(kAllLanes, row, 0);
-    return only_row >= 0 && lane < shape.topk ? p.row_scalars[only_row * shape.topk + lane] : 0.0f;
-  }
-};
 
 // What is added up for a token: its own rows here, which are weighted, and sums of other ranks. The
 // sum of the own rows is rounded to T, as the others' were to cross.

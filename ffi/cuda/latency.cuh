@@ -20,24 +20,8 @@ constexpr int kLatencyThreads = 512;
 constexpr int kLatencyWarps = kLatencyThreads / 32;
 
 // Four warps of a block that work on a token of their own.
-struct Squad {
-  static constexpr int kThreads = 128, kWarps = kThreads / 32,
-                       kPerBlock = kLatencyThreads / kThreads;
-
-  int index;   // in the block
-  int thread;  // in the squad
-  int warp;    // in the squad
-
-  __device__ Squad()
-      : index(threadIdx.x / kThreads),
-        thread(threadIdx.x % kThreads),
-        warp(threadIdx.x % kThreads / 32) {}
-  // As those of Team.
-  __device__ void Sync() const { ptx::barrier_sync(index + 1, kThreads); }
-  __device__ bool SyncAnd(bool value) const {
-    return ptx::barrier_red_and(index + 1, kThreads, value);
-  }
-};
+using Squad = TeamOf<128>;
+constexpr int kSquads = kLatencyThreads / Squad::kThreads;
 
 // Starts an exchange, like EnterEpoch: each thread reads the epoch for itself, beside its first
 // loads. All blocks' threads call it, and then CountBlock.

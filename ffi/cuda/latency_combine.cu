@@ -1,6 +1,7 @@
 // Combine in the low-latency mode: squads sum and send one (token, rank) each, with a flag of its
 // own, and then add up one token each when its ranks' sums have arrived. The sums and their order
 // are those of combine.cu.
+#include "cuda/combine.cuh"
 #include "cuda/latency.cuh"
 #include "cuda/launch.h"
 #include "cuda/ops.h"
@@ -44,52 +45,35 @@ __device__ void AddAll(Sums<T>& sums, const int4 (&v)[kHeld], Sum<T> weight) {
   for (int u = 0; u < kHeld; ++u) AddScaled<T>(sums[u], v[u], weight);
 }
 
-// The rows that a token of `source` has here: lane k of every warp holds the k-th.
-struct OwnRows {
-  int32_t row;
-  float weight;
-  unsigned lanes;
-  bool is_mine;  // its rows may still all have been dropped
-
-  __device__ OwnRows(const MoEShape& shape, const CombineParams& p, int source, int64_t token) {
-    const int lane = threadIdx.x % 32, per_token = shape.rows_per_token();
-    row = lane < per_token ? p.tables.recv_rows[(source * p.num_tokens + token) * per_token + lane]
-                           : static_cast<int32_t>(kNotMine);
-    weight = row < 0 ? 0.0f : p.row_weights == nullptr ? 1.0f : p.row_weights[row];
-    lanes = __ballot_sync(kAllLanes, row >= 0);
-    is_mine = __any_sync(kAllLanes, row != kNotMine);
-  }
-
-  // Adds them up in order, the next one under way while one is added.
-  template <typename T>
-  __device__ void AddTo(Sums<T>& sums, const CombineParams& p, int vectors,
-                        const Stretch& stretch) const {
-    const auto row_of = [&](unsigned rest) {
-      return static_cast<const int4*>(p.y) +
-             int64_t{__shfl_sync(kAllLanes, row, __ffs(rest) - 1)} * vectors;
-    };
-    int4 v[kHeld], next[kHeld];
-    unsigned rest = lanes;
-    if (rest != 0) stretch.Load(row_of(rest), v);
-    while (rest != 0) {
-      const float of_row = __shfl_sync(kAllLanes, weight, __ffs(rest) - 1);
-      rest &= rest - 1;
-      if (rest != 0) stretch.Load(row_of(rest), next);
-      AddAll<T>(sums, v, of_row);
+// Adds the rows that a token has here up in order, the next one under way while one is added.
+template <typename T>
+__device__ void AddRows(Sums<T>& sums, const TokenRows& rows, const CombineParams& p, int vectors,
+                        const Stretch& stretch) {
+  const auto row_of = [&](unsigned rest) {
+    return static_cast<const int4*>(p.y) +
+           int64_t{__shfl_sync(kAllLanes, rows.row, __ffs(rest) - 1)} * vectors;
+  };
+  int4 v[kHeld], next[kHeld];
+  unsigned rest = rows.lanes;
+  if (rest != 0) stretch.Load(row_of(rest), v);
+  while (rest != 0) {
+    const float weight = __shfl_sync(kAllLanes, rows.weight, __ffs(rest) - 1);
+    rest &= rest - 1;
+    if (rest != 0) stretch.Load(row_of(rest), next);
+    AddAll<T>(sums, v, weight);
 #pragma unroll
-      for (int u = 0; u < kHeld; ++u) v[u] = next[u];
-    }
+    for (int u = 0; u < kHeld; ++u) v[u] = next[u];
   }
-};
+}
 
 // Sums what a token has here into a row.
 template <typename T>
-__device__ void SumInto(int4* to, const OwnRows& own, const Squad& squad, const CombineParams& p,
+__device__ void SumInto(int4* to, const TokenRows& own, const Squad& squad, const CombineParams& p,
                         int vectors) {
   for (int begin = 0; begin < vectors; begin += kStretch) {
     const Stretch stretch(squad, begin, vectors);
     Sums<T> sums = {};
-    own.AddTo<T>(sums, p, vectors, stretch);
+    AddRows<T>(sums, own, p, vectors, stretch);
     stretch.Store<T>(to, sums);
   }
 }
@@ -97,7 +81,7 @@ __device__ void SumInto(int4* to, const OwnRows& own, const Squad& squad, const 
 template <typename T>
 __device__ void SendSum(const MoEShape& shape, const Arena& arena, const Squad& squad,
                         const CombineParams& p, uint32_t epoch, int source, int64_t token) {
-  const OwnRows own(shape, p, source, token);
+  const TokenRows own(shape, p, source, token);
   if (!own.is_mine) return;
   SumInto<T>(arena.Row(epoch, source, arena.rank, token), own, squad, p, NumVectors(shape));
   squad.Sync();
@@ -114,7 +98,7 @@ __device__ void ReceiveSums(const MoEShape& shape, const Arena& arena, const Squ
   // This rank's sum waits in `out` for the others, rounded as they were to cross. A thread reads
   // again what it wrote itself.
   if (__any_sync(kAllLanes, rank == arena.rank))
-    SumInto<T>(out, OwnRows(shape, p, arena.rank, token), squad, p, vectors);
+    SumInto<T>(out, TokenRows(shape, p, arena.rank, token), squad, p, vectors);
   bool arrived = true;
   if (squad.warp == 0 && rank >= 0 && rank != arena.rank)
     arrived = Wait(arena, arena.TokenFlag(arena.rank, rank, token), epoch, rank, Phase::kCombine);
@@ -150,7 +134,7 @@ __global__ void __launch_bounds__(kLatencyThreads, 1)
   const Squad squad;
   const uint32_t epoch = EnterLatencyEpoch(arena);
   const int64_t peers = shape.num_ranks - 1, to_send = p.num_tokens * peers,
-                squads = int64_t{gridDim.x} * Squad::kPerBlock;
+                squads = int64_t{gridDim.x} * kSquads;
   const bool is_poisoned = p.tables.status[kCode] != 0;
   __syncthreads();
   if (threadIdx.x == 0) CountBlock(arena, epoch);
@@ -174,8 +158,7 @@ __global__ void __launch_bounds__(kLatencyThreads, 1)
 
 cudaError_t LaunchLatencyCombine(const MoEShape& shape, const Arena& arena,
                                  const CombineParams& params, int sms, cudaStream_t stream) {
-  const int blocks =
-      LatencyBlocks(sms, CeilDiv(params.num_tokens * shape.num_ranks, Squad::kPerBlock));
+  const int blocks = LatencyBlocks(sms, CeilDiv(params.num_tokens * shape.num_ranks, kSquads));
   return VisitDType(shape.dtype, [&](auto* t) {
     return Launch(LatencyCombineKernel<std::remove_pointer_t<decltype(t)>>,
                   {blocks, kLatencyThreads}, stream, shape, arena, params);

@@ -50,14 +50,10 @@ struct Routing {
 
 // The last warp of a block announces what was sent, for which it has to wait; the others count.
 constexpr int kCountThreads = kLatencyThreads - 32;
-__device__ __forceinline__ void SyncCounting() {
-  ptx::barrier_sync(Squad::kPerBlock + 1, kCountThreads);
-}
+__device__ __forceinline__ void SyncCounting() { ptx::barrier_sync(kSquads + 1, kCountThreads); }
 
 // Where only some warps came to the barrier before, racecheck was seen to overlook __syncthreads.
-__device__ __forceinline__ void SyncBlock() {
-  ptx::barrier_sync(Squad::kPerBlock + 2, kLatencyThreads);
-}
+__device__ __forceinline__ void SyncBlock() { ptx::barrier_sync(kSquads + 2, kLatencyThreads); }
 
 // What all of a block know once the ids are counted.
 struct Verdict {
@@ -487,16 +483,16 @@ template <typename X, bool kFresh>
 __device__ void Receive(const MoEShape& shape, const Arena& arena, const RouteParams& route,
                         const DispatchParams& p, uint32_t epoch, const Routing& routing,
                         bool is_poisoned, int senders) {
-  __shared__ int32_t rows_of_squads[Squad::kPerBlock][kMaxTopk];
+  __shared__ int32_t rows_of_squads[kSquads][kMaxTopk];
   const Squad squad;
   const int lane = threadIdx.x % 32, per_token = shape.rows_per_token(), ranks = shape.num_ranks;
   const int num_items = ranks * static_cast<int>(p.num_tokens), warp = threadIdx.x / 32;
   // Own tokens are spread over the blocks as all others are.
   const auto source_of = [&](int item) { return (arena.rank + item) % ranks; };
   const int first = (blockIdx.x + gridDim.x - senders) % gridDim.x;
-  for (int begin = first; begin < num_items; begin += Squad::kPerBlock * gridDim.x) {
+  for (int begin = first; begin < num_items; begin += kSquads * gridDim.x) {
     if constexpr (kFresh) {
-      for (int i = warp; i < Squad::kPerBlock * per_token; i += kLatencyWarps) {
+      for (int i = warp; i < kSquads * per_token; i += kLatencyWarps) {
         const int item = begin + i / per_token * gridDim.x, k = i % per_token;
         if (item >= num_items) break;
         const int token = source_of(item) * static_cast<int>(p.num_tokens) + item / ranks;
@@ -625,7 +621,7 @@ constexpr int kSenders = 32, kQuantisers = 64;
 // Blocks that the rows to be filled keep busy, too.
 int64_t Work(const MoEShape& shape, const DispatchParams& p) {
   const bool fills = shape.layout != OutputLayout::kExpertMajor || p.fill;
-  return std::max({p.num_tokens, CeilDiv(p.num_tokens * shape.num_ranks, Squad::kPerBlock),
+  return std::max({p.num_tokens, CeilDiv(p.num_tokens * shape.num_ranks, kSquads),
                    fills ? CeilDiv(shape.capacity, kLatencyWarps) : 0});
 }
 

@@ -57,21 +57,25 @@ constexpr int kTeamThreads = 256;
 constexpr int kTeamWarps = kTeamThreads / 32;
 constexpr int kMaxTeams = 1024 / kTeamThreads;
 
-struct Team {
+template <int kSize>
+struct TeamOf {
+  static constexpr int kThreads = kSize, kWarps = kSize / 32;
+
   int index;   // in the block
   int thread;  // in the team
   int warp;    // in the team
 
-  __device__ Team()
-      : index(threadIdx.x / kTeamThreads),
-        thread(threadIdx.x % kTeamThreads),
-        warp(threadIdx.x % kTeamThreads / 32) {}
+  __device__ TeamOf()
+      : index(threadIdx.x / kThreads),
+        thread(threadIdx.x % kThreads),
+        warp(threadIdx.x % kThreads / 32) {}
   // Makes the team's earlier writes visible to all of the team. Barrier 0 is the block's.
-  __device__ void Sync() const { ptx::barrier_sync(index + 1, kTeamThreads); }
+  __device__ void Sync() const { ptx::barrier_sync(index + 1, kThreads); }
   __device__ bool SyncAnd(bool value) const {
-    return ptx::barrier_red_and(index + 1, kTeamThreads, value);
+    return ptx::barrier_red_and(index + 1, kThreads, value);
   }
 };
+using Team = TeamOf<kTeamThreads>;
 
 // Deals tasks 0, 1, 2, ... out to the teams of all blocks: who is done first gets the next, so that
 // all end together. The next task is asked for while the present one is worked on.
