@@ -35,4 +35,9 @@ part "cuda-ops-$gpus-gpus" 120 "$build/cuda_ops_test" 50
 for tool in memcheck racecheck; do
   part "$tool-$gpus-gpus" 200 compute-sanitizer --tool "$tool" --report-api-errors no --error-exitcode 9 "$build/cuda_ops_test" 10
 done
+# Rounds of changing routing, each checked on the device, in both modes.
+if [ "$gpus" -gt 1 ]; then
+  part stress 200 python3 -m jax_ep.bench --stress 20000
+  part stress-low-latency 300 python3 -m jax_ep.bench --workload decode --stress 20000
+fi
 exit $failed
