@@ -32,12 +32,8 @@ __device__ void SendToken(const MoEShape& shape, const Arena& arena, const Dispa
   const TokenSource from(shape, arena, p, epoch, arena.rank, token);
   const float weight = WeightOfLane(shape, p, from);
   if constexpr (!std::is_void_v<X>) {
-    int4* windows[kMaxTopk];
-    int count = 0;
-    ForEachLane(lanes, reinterpret_cast<uint64_t>(window),
-                [&](uint64_t to) { windows[count++] = reinterpret_cast<int4*>(to); });
-    QuantiseInto<X>(shape, p, from.row, 0, 1, count,
-                    [&](int i) { return InWindow(shape, windows[i]); });
+    QuantiseInto<X>(shape, p, from.row, 0, 1, lanes, reinterpret_cast<uint64_t>(window),
+                    [&](uint64_t to) { return InWindow(shape, reinterpret_cast<int4*>(to)); });
   } else {
     buffer.Copy(window, from.row, NumRowVectors(shape, p));
     if (p.quant.block != 0)
@@ -99,7 +95,8 @@ class Expander {
     if (!arrived) return PoisonRows(shape, p, row);
     const float weight = WeightOfLane(shape, p, from);
     if (!std::is_void_v<X> && from.is_own) {
-      QuantiseOwn(shape, p, from, row, lanes);
+      QuantiseInto<X>(shape, p, from.row, 0, 1, lanes, row,
+                      [&](int32_t to) { return InOutput(shape, p, to); });
     } else {
       buffer_.Copy(row >= 0 ? OutputRow(shape, p, row) : nullptr, from.row,
                    NumRowVectors(shape, p));
@@ -113,17 +110,6 @@ class Expander {
   }
 
  private:
-  static __device__ void QuantiseOwn(const MoEShape& shape, const DispatchParams& p,
-                                     const TokenSource& from, int row, unsigned lanes) {
-    if constexpr (!std::is_void_v<X>) {
-      int32_t rows[kMaxTopk];
-      int count = 0;
-      ForEachLane(lanes, row, [&](int32_t to) { rows[count++] = to; });
-      QuantiseInto<X>(shape, p, from.row, 0, 1, count,
-                      [&](int i) { return InOutput(shape, p, rows[i]); });
-    }
-  }
-
   RowBuffer& buffer_;
 };
 
@@ -273,10 +259,7 @@ __device__ void FillPadding(const MoEShape& shape, const DispatchParams& p, int 
                             RowBuffer& buffer) {
   const int groups = shape.num_row_groups();
   buffer.Fill(RowFilling(shape, p, false), NumRowVectors(shape, p));
-  const bool has_gaps = shape.layout == OutputLayout::kExpertMajor
-                            ? p.fill
-                            : shape.layout == OutputLayout::kFlat && shape.expert_alignment > 1;
-  if (has_gaps)
+  if (FillsGaps(shape, p))
     for (int group = block; group < groups; group += blocks)
       FillRows(shape, p, p.tables.group_offsets[group] + p.tables.group_counts[group],
                p.tables.group_offsets[group + 1], 0, 1, buffer, false);

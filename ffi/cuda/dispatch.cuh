@@ -108,20 +108,34 @@ __device__ inline void PlaceWeights(const MoEShape& shape, const DispatchParams&
   }
 }
 
-// Quantises a token into some rows, by warps `warp` of `warps`: `row(i)` is the i-th QuantRow.
-template <typename X, typename Row>
+// Quantises a token into a row for each of `lanes`, by warps `warp` of `warps`: `row_of` makes a
+// QuantRow of a lane's value. Nothing where X is void, and nothing is quantised.
+template <typename X, typename T, typename RowOf>
 __device__ __forceinline__ void QuantiseInto(const MoEShape& shape, const DispatchParams& p,
-                                             const void* x, int warp, int warps, int count,
-                                             const Row& row) {
-  QuantiseRow(
-      p.quant, static_cast<const X*>(x), shape.hidden_size, warp, warps,
-      [&](int first, auto bytes) {
-        for (int i = 0; i < count; ++i)
-          *reinterpret_cast<decltype(bytes)*>(row(i).elements + first) = bytes;
-      },
-      [&](int number, uint32_t bits) {
-        for (int i = 0; i < count; ++i) StoreScale(p.quant, row(i).scales, number, bits);
-      });
+                                             const void* x, int warp, int warps, unsigned lanes,
+                                             T value, const RowOf& row_of) {
+  if constexpr (!std::is_void_v<X>) {
+    T values[kMaxTopk];
+    int count = 0;
+    ForEachLane(lanes, value, [&](T of_lane) { values[count++] = of_lane; });
+    QuantiseRow(
+        p.quant, static_cast<const X*>(x), shape.hidden_size, warp, warps,
+        [&](int first, auto bytes) {
+          for (int i = 0; i < count; ++i)
+            *reinterpret_cast<decltype(bytes)*>(row_of(values[i]).elements + first) = bytes;
+        },
+        [&](int number, uint32_t bits) {
+          for (int i = 0; i < count; ++i)
+            StoreScale(p.quant, row_of(values[i]).scales, number, bits);
+        });
+  }
+}
+
+// Whether rows without a token between the groups are to be filled.
+__device__ inline bool FillsGaps(const MoEShape& shape, const DispatchParams& p) {
+  return shape.layout == OutputLayout::kExpertMajor
+             ? p.fill
+             : shape.layout == OutputLayout::kFlat && shape.expert_alignment > 1;
 }
 
 // What belongs to a row that holds no token, or one that cannot be had: zeros, or NaN. A warp.

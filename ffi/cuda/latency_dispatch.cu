@@ -29,12 +29,8 @@ __device__ void SendToken(const MoEShape& shape, const Arena& arena, const Dispa
   const TokenSource from(shape, arena, p, epoch, arena.rank, token);
   const float weight = WeightOfLane(shape, p, from);
   if constexpr (!std::is_void_v<X>) {
-    int4* windows[kMaxTopk];
-    int count = 0;
-    ForEachLane(lanes, window,
-                [&](uint64_t to) { windows[count++] = reinterpret_cast<int4*>(to); });
-    QuantiseInto<X>(shape, p, from.row, threadIdx.x / 32, kLatencyWarps, count,
-                    [&](int i) { return InWindow(shape, windows[i]); });
+    QuantiseInto<X>(shape, p, from.row, threadIdx.x / 32, kLatencyWarps, lanes, window,
+                    [&](uint64_t to) { return InWindow(shape, reinterpret_cast<int4*>(to)); });
   } else {
     const int vectors = NumRowVectors(shape, p);
     constexpr int kInFlight = 2;
@@ -72,13 +68,8 @@ __device__ void ExpandToken(const MoEShape& shape, const Squad& squad, const Dis
   const float weight = WeightOfLane(shape, p, from);
   const unsigned lanes = __ballot_sync(kAllLanes, row >= 0);
   if (!std::is_void_v<X> && from.is_own) {
-    if constexpr (!std::is_void_v<X>) {
-      int32_t rows[kMaxTopk];
-      int count = 0;
-      ForEachLane(lanes, row, [&](int32_t to) { rows[count++] = to; });
-      QuantiseInto<X>(shape, p, from.row, squad.warp, Squad::kWarps, count,
-                      [&](int i) { return InOutput(shape, p, rows[i]); });
-    }
+    QuantiseInto<X>(shape, p, from.row, squad.warp, Squad::kWarps, lanes, row,
+                    [&](int32_t to) { return InOutput(shape, p, to); });
   } else {
     const int vectors = NumRowVectors(shape, p);
     constexpr int kInFlight = 7;  // a row of 7168 16-bit elements
@@ -125,10 +116,7 @@ __device__ void FillPadding(const MoEShape& shape, const DispatchParams& p, cons
                             const Counts& count) {
   const int groups = shape.num_row_groups();
   const auto fill = [&](int64_t row) { FillOne(shape, p, row, false); };
-  const bool has_gaps = shape.layout == OutputLayout::kExpertMajor
-                            ? p.fill
-                            : shape.layout == OutputLayout::kFlat && shape.expert_alignment > 1;
-  if (has_gaps)
+  if (FillsGaps(shape, p))
     for (int group = 0; group < groups; ++group)
       ForEachRow(offset(group) + count(group), offset(group + 1), fill);
   ForEachRow(offset(groups), shape.capacity, fill);

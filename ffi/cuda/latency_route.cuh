@@ -71,23 +71,16 @@ __device__ inline void SendIds(const MoEShape& shape, const Arena& arena, const 
   }
 }
 
-// One id of another rank; waits until it is there.
+// The id in a word that was `seen` once; waits for it if it was not there yet. -1 if it never came.
 __device__ inline int AwaitId(const Arena& arena, const uint64_t* word, uint64_t seen,
                               uint32_t epoch, int source, bool& arrived) {
-  if (static_cast<uint32_t>(seen >> 32) == epoch) return static_cast<int>(seen);
-  constexpr uint32_t kSpinsPerClock = 256;
-  const uint64_t start = ptx::globaltimer();
-  for (uint32_t spin = 1;; ++spin) {
+  const auto epoch_of = [&] { return static_cast<uint32_t>(seen >> 32); };
+  const auto look = [&] {
     seen = ptx::ld_relaxed_sys(word);
-    if (static_cast<uint32_t>(seen >> 32) == epoch) return static_cast<int>(seen);
-    if (spin % kSpinsPerClock != 0) continue;
-    if (ptx::ld_volatile(&arena.Header()->failed) != 0) break;
-    if (ptx::globaltimer() - start <= arena.timeout_ns) continue;
-    if (atomicExch(&arena.Header()->failed, 1) == 0)
-      Report(arena, {ErrorCode::kTimeout, arena.rank, source, Phase::kRoute, epoch,
-                     static_cast<uint32_t>(seen >> 32)});
-    break;
-  }
+    return epoch_of();
+  };
+  if (epoch_of() == epoch || Poll(arena, epoch, source, Phase::kRoute, look))
+    return static_cast<int>(seen);
   arrived = false;
   return -1;
 }

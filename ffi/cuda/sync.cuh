@@ -29,19 +29,16 @@ __device__ inline void Report(const Arena& arena, const ErrorRecord& error) {
   ptx::fence_acq_rel_sys();
 }
 
-// Waits until `flag`, set by `peer`, has reached `epoch`. Then this thread, and threads it
-// synchronises with, see what the peer wrote before. False if the peer did not come in time, now or
-// earlier.
-__device__ inline bool Wait(const Arena& arena, const uint32_t* flag, uint32_t epoch, int peer,
-                            Phase phase) {
+// Waits until what `look` sees of `peer` has reached `epoch`. False if the peer did not come in
+// time, now or earlier.
+template <typename Look>
+__device__ bool Poll(const Arena& arena, uint32_t epoch, int peer, Phase phase, const Look& look) {
   constexpr uint32_t kSpinsPerClock = 256;
-  uint32_t seen = ptx::ld_acquire_sys(flag);
-  if (Reached(seen, epoch)) return true;
   const uint64_t start = ptx::globaltimer();
-  // An acquire empties the first-level cache: one, once there is something to acquire.
+  uint32_t seen;
   for (uint32_t spin = 1;; ++spin) {
-    seen = ptx::ld_relaxed_sys(flag);
-    if (Reached(seen, epoch)) return ptx::ld_acquire_sys(flag), true;
+    seen = look();
+    if (Reached(seen, epoch)) return true;
     if (spin % kSpinsPerClock != 0) continue;
     if (ptx::ld_volatile(&arena.Header()->failed) != 0) return false;
     if (ptx::globaltimer() - start > arena.timeout_ns) break;
@@ -49,6 +46,17 @@ __device__ inline bool Wait(const Arena& arena, const uint32_t* flag, uint32_t e
   if (atomicExch(&arena.Header()->failed, 1) == 0)
     Report(arena, {ErrorCode::kTimeout, arena.rank, peer, phase, epoch, seen});
   return false;
+}
+
+// Waits until `flag`, set by `peer`, has reached `epoch`. Then this thread, and threads it
+// synchronises with, see what the peer wrote before.
+__device__ inline bool Wait(const Arena& arena, const uint32_t* flag, uint32_t epoch, int peer,
+                            Phase phase) {
+  if (Reached(ptx::ld_acquire_sys(flag), epoch)) return true;
+  // An acquire empties the first-level cache: one, once there is something to acquire.
+  if (!Poll(arena, epoch, peer, phase, [&] { return ptx::ld_relaxed_sys(flag); })) return false;
+  ptx::ld_acquire_sys(flag);
+  return true;
 }
 
 // Warps of a block that work on a task of their own: while one team waits for a flag, or for its
