@@ -23,32 +23,46 @@ constexpr int kLatencyWarps = kLatencyThreads / 32;
 using Squad = TeamOf<128>;
 constexpr int kSquads = kLatencyThreads / Squad::kThreads;
 
-// Starts an exchange, like EnterEpoch: each thread reads the epoch for itself, beside its first
-// loads. All blocks' threads call it, and then CountBlock.
-__device__ inline uint32_t EnterLatencyEpoch(const Arena& arena) {
-  const uint32_t epoch = ptx::ld_volatile(&arena.Header()->epoch) + 1;
-  // What this rank read in earlier epochs was over when this kernel started.
-  if (blockIdx.x == 0)
-    for (int peer = threadIdx.x; peer < arena.layout.num_ranks; peer += blockDim.x)
-      ptx::st_relaxed_sys(arena.Ready(peer, arena.rank), epoch);
-  return epoch;
+// The epoch of the exchange that starts with this kernel. Each thread reads it for itself, beside its
+// first loads; what this rank read in earlier epochs was over when the kernel started.
+__device__ inline uint32_t LatencyEpoch(const Arena& arena) {
+  return ptx::ld_volatile(&arena.Header()->epoch) + 1;
 }
 
-// To be called by one thread once all of its block have entered. Who is last moves the epoch on,
-// for by then all have read it: nobody has to do so at the end, when all wait for it.
-__device__ inline void CountBlock(const Arena& arena, uint32_t epoch) {
+// Where nothing else tells that a rank has entered: tells all peers. To be called by one warp.
+__device__ inline void TellEntered(const Arena& arena, uint32_t epoch) {
+  for (int peer = threadIdx.x % 32; peer < arena.layout.num_ranks; peer += 32)
+    ptx::st_relaxed_sys(arena.Ready(peer, arena.rank), epoch);
+}
+
+__device__ __forceinline__ bool IsLastInGrid() { return blockIdx.x == gridDim.x - 1; }
+
+// Ends an exchange; to be called by all threads of all blocks. The last block moves the epoch on,
+// once all others have been counted, which came before it and wait for nothing of it; and not
+// before every peer has entered, see LeaveEpoch, for which it waits if nothing else did.
+__device__ inline void LeaveLatencyEpoch(const Arena& arena, uint32_t epoch, bool waits,
+                                         Phase phase) {
   ArenaHeader* header = arena.Header();
-  if (atomicAdd(&header->blocks_done, 1) != gridDim.x - 1) return;
+  __syncthreads();
+  if (!IsLastInGrid()) {
+    if (threadIdx.x == 0) atomicAdd(&header->blocks_done, 1);
+    return;
+  }
+  if (waits && threadIdx.x < 32)
+    for (int peer = threadIdx.x; peer < arena.layout.num_ranks; peer += 32)
+      Wait(arena, arena.Ready(arena.rank, peer), epoch, peer, phase);
+  if (threadIdx.x != kLatencyThreads - 1) return;
+  while (ptx::ld_relaxed_sys(&header->blocks_done) != gridDim.x - 1) {
+  }
   header->blocks_done = 0;
   header->epoch = epoch;
 }
 
-// Ends an exchange: not before every peer has entered, see LeaveEpoch. All threads of all blocks.
-// The last warp of the first block waits, which has less to do than the others.
-__device__ inline void LeaveLatencyEpoch(const Arena& arena, uint32_t epoch, Phase phase) {
-  if (blockIdx.x != 0 || threadIdx.x / 32 != kLatencyWarps - 1) return;
-  for (int peer = threadIdx.x % 32; peer < arena.layout.num_ranks; peer += 32)
-    Wait(arena, arena.Ready(arena.rank, peer), epoch, peer, phase);
+// Waits like Wait, for few flags, each polled by few threads: acquires at every look, which saves the
+// one after the last.
+__device__ inline bool WaitClosely(const Arena& arena, const uint32_t* flag, uint32_t epoch,
+                                   int peer, Phase phase) {
+  return Poll(arena, epoch, peer, phase, [&] { return ptx::ld_acquire_sys(flag); });
 }
 
 // Blocks that have something to do for this many tokens: an idle one would still have to start,

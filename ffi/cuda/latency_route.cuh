@@ -1,6 +1,6 @@
 // Routing in the low-latency mode, within the dispatch: ids travel in words that also hold the
-// epoch, every block reads and counts all of them in its own shared memory, and finds the rows that
-// it asks for by counting.
+// epoch, every receiving block reads and counts all of them in its own shared memory, and finds the
+// rows that it asks for by counting.
 #ifndef JAX_EP_CUDA_LATENCY_ROUTE_CUH_
 #define JAX_EP_CUDA_LATENCY_ROUTE_CUH_
 
@@ -26,6 +26,7 @@ struct Routing {
   int32_t* starts;   // [groups + 1] first row of each group here, if capacity had no end
   int16_t* ids;      // [R, T, K] experts, or -1
   int num_ids;
+  int local_experts, slots;  // divisions, done once
 
   static __host__ __device__ size_t SharedBytes(const MoEShape& shape, int64_t num_tokens) {
     const int64_t counters = shape.num_experts + 4 * shape.num_ranks + shape.num_row_groups() + 2;
@@ -44,30 +45,26 @@ struct Routing {
     const int counters = static_cast<int>(starts + shape.num_row_groups() + 1 - experts);
     ids = reinterpret_cast<int16_t*>(shared + CeilDiv(counters * 4, 16) * 16);
     num_ids = static_cast<int>(shape.num_ranks * num_tokens * shape.topk);
+    local_experts = shape.local_experts();
+    slots = static_cast<int>(shape.capacity) / local_experts;
   }
 };
-
-// The last warp of a block announces what was sent, for which it has to wait; the others count.
-constexpr int kCountThreads = kLatencyThreads - 32;
-__device__ __forceinline__ void SyncCounting() { ptx::barrier_sync(kSquads + 1, kCountThreads); }
-
-// Where only some warps came to the barrier before, racecheck was seen to overlook __syncthreads.
-__device__ __forceinline__ void SyncBlock() { ptx::barrier_sync(kSquads + 2, kLatencyThreads); }
 
 // What all of a block know once the ids are counted.
 struct Verdict {
   int32_t code, rank, got;
 };
 
-__device__ inline void SendIds(const MoEShape& shape, const Arena& arena, const RouteParams& p,
-                               uint32_t epoch) {
-  const int per_rank = static_cast<int>(p.num_tokens) * shape.topk, ranks = shape.num_ranks;
-  const int stride = gridDim.x * kLatencyThreads;
-  for (int i = blockIdx.x * kLatencyThreads + threadIdx.x; i < per_rank * (ranks - 1);
-       i += stride) {
-    const int peer = (arena.rank + 1 + i / per_rank) % ranks, at = i % per_rank;
-    const uint64_t word = uint64_t{epoch} << 32 | static_cast<uint32_t>(p.topk_ids[at]);
-    ptx::st_relaxed_sys(arena.IdWord(epoch, peer, arena.rank, at), word);
+// The first `blocks` blocks send this rank's ids to all others.
+__device__ inline void SendIds(const MoEShape& shape, const Arena& arena, const int32_t* topk_ids,
+                               int64_t num_tokens, uint32_t epoch, int blocks) {
+  const int per_rank = static_cast<int>(num_tokens) * shape.topk, ranks = shape.num_ranks;
+  for (int at = blockIdx.x * kLatencyThreads + threadIdx.x; at < per_rank;
+       at += blocks * kLatencyThreads) {
+    const uint64_t word = uint64_t{epoch} << 32 | static_cast<uint32_t>(topk_ids[at]);
+    for (int peer = arena.rank + 1; peer < arena.rank + ranks; ++peer)
+      ptx::st_relaxed_sys(
+          arena.IdWord(epoch, peer < ranks ? peer : peer - ranks, arena.rank, at), word);
   }
 }
 
@@ -88,31 +85,39 @@ __device__ inline int AwaitId(const Arena& arena, const uint64_t* word, uint64_t
 // Reads all ids, each thread its own, and counts experts.
 __device__ inline void ReceiveIds(const MoEShape& shape, const Arena& arena, const RouteParams& p,
                                   uint32_t epoch, const Routing& routing) {
-  constexpr int kBatch = 9;  // loads in flight
+  constexpr int kBatch = 8;  // loads in flight
   const int per_rank = static_cast<int>(p.num_tokens) * shape.topk;
   bool arrived = true;
-  for (int begin = threadIdx.x; begin < routing.num_ids; begin += kBatch * kCountThreads) {
+  // Moved along rather than divided out: a division takes as long as all the rest.
+  int source = 0, at = threadIdx.x;
+  const auto settle = [&] {
+    for (; at >= per_rank; at -= per_rank) ++source;
+  };
+  for (int begin = threadIdx.x; begin < routing.num_ids; begin += kBatch * kLatencyThreads) {
     uint64_t seen[kBatch];
+    const uint64_t* words[kBatch];
+    int sources[kBatch];
 #pragma unroll
     for (int u = 0; u < kBatch; ++u) {
-      const int i = begin + u * kCountThreads, source = i / per_rank, at = i % per_rank;
-      if (i >= routing.num_ids) break;
-      seen[u] = source == arena.rank
-                    ? uint64_t{epoch} << 32 | static_cast<uint32_t>(p.topk_ids[at])
-                    : ptx::ld_relaxed_sys(arena.IdWord(epoch, arena.rank, source, at));
+      if (begin + u * kLatencyThreads >= routing.num_ids) break;
+      settle();
+      sources[u] = source;
+      words[u] = arena.IdWord(epoch, arena.rank, source, at);
+      seen[u] = source == arena.rank ? uint64_t{epoch} << 32 | static_cast<uint32_t>(p.topk_ids[at])
+                                     : ptx::ld_relaxed_sys(words[u]);
+      at += kLatencyThreads;
     }
 #pragma unroll
     for (int u = 0; u < kBatch; ++u) {
-      const int i = begin + u * kCountThreads, source = i / per_rank, at = i % per_rank;
+      const int i = begin + u * kLatencyThreads;
       if (i >= routing.num_ids) break;
-      const int id = AwaitId(arena, arena.IdWord(epoch, arena.rank, source, at), seen[u], epoch,
-                             source, arrived);
+      const int id = AwaitId(arena, words[u], seen[u], epoch, sources[u], arrived);
       const bool is_expert = IsExpert(shape, id);
       routing.ids[i] = static_cast<int16_t>(is_expert ? id : -1);
       if (is_expert)
         atomicAdd(&routing.experts[id], 1);
       else if (id != -1)
-        atomicAdd(&routing.bad_ids[source], 1);
+        atomicAdd(&routing.bad_ids[sources[u]], 1);
     }
   }
   if (!arrived) *routing.lost = 1;
@@ -121,8 +126,8 @@ __device__ inline void ReceiveIds(const MoEShape& shape, const Arena& arena, con
 // Counts tokens by rank, where rows are of tokens: a thread for each.
 __device__ inline void CountTokens(const MoEShape& shape, int me, int64_t num_tokens,
                                    const Routing& routing) {
-  const int local = shape.local_experts(), tokens = static_cast<int>(num_tokens);
-  for (int token = threadIdx.x; token < shape.num_ranks * tokens; token += kCountThreads) {
+  const int local = routing.local_experts, tokens = static_cast<int>(num_tokens);
+  for (int token = threadIdx.x; token < shape.num_ranks * tokens; token += kLatencyThreads) {
     const int16_t* ids = routing.ids + token * shape.topk;
     for (int k = 0; k < shape.topk; ++k) {
       const int rank = ids[k] < 0 ? -1 : ids[k] / local;
@@ -143,8 +148,8 @@ __device__ inline int AlignUp(int n, int alignment) {
 // Rows of a group, padding included.
 __device__ inline int GroupSize(const MoEShape& shape, int me, const Routing& routing, int group) {
   if (shape.layout == OutputLayout::kRankMajor) return routing.mine[group];
-  if (shape.layout == OutputLayout::kExpertMajor) return static_cast<int>(shape.slots_per_expert());
-  return AlignUp(routing.experts[me * shape.local_experts() + group], shape.expert_alignment);
+  if (shape.layout == OutputLayout::kExpertMajor) return routing.slots;
+  return AlignUp(routing.experts[me * routing.local_experts + group], shape.expert_alignment);
 }
 
 // Where the groups start: one warp, 32 groups at a time.
@@ -168,11 +173,11 @@ __device__ inline void FindStarts(const MoEShape& shape, int me, const Routing& 
 // What each rank needs of its capacity: a warp per rank.
 __device__ inline void CountNeeded(const MoEShape& shape, const Routing& routing) {
   const int lane = threadIdx.x % 32;
-  for (int rank = threadIdx.x / 32; rank < shape.num_ranks; rank += kCountThreads / 32) {
+  for (int rank = threadIdx.x / 32; rank < shape.num_ranks; rank += kLatencyWarps) {
     int needed = shape.layout == OutputLayout::kRankMajor && lane == 0 ? routing.ranks[rank] : 0;
     if (shape.layout != OutputLayout::kRankMajor)
-      for (int e = lane; e < shape.local_experts(); e += 32) {
-        const int rows = routing.experts[rank * shape.local_experts() + e];
+      for (int e = lane; e < routing.local_experts; e += 32) {
+        const int rows = routing.experts[rank * routing.local_experts + e];
         needed = shape.layout == OutputLayout::kExpertMajor
                      ? max(needed, rows)
                      : needed + AlignUp(rows, shape.expert_alignment);
@@ -185,8 +190,8 @@ __device__ inline void CountNeeded(const MoEShape& shape, const Routing& routing
   }
 }
 
-__device__ inline int64_t Limit(const MoEShape& shape) {
-  return shape.layout == OutputLayout::kExpertMajor ? shape.slots_per_expert() : shape.capacity;
+__device__ inline int64_t Limit(const MoEShape& shape, const Routing& routing) {
+  return shape.layout == OutputLayout::kExpertMajor ? routing.slots : shape.capacity;
 }
 
 // The first rank whose routing cannot be honoured; all ranks come to the same answer. A warp.
@@ -205,7 +210,7 @@ __device__ inline Verdict FindError(const MoEShape& shape, const Arena& arena,
   for (int begin = 0; begin < shape.num_ranks && !shape.drop_overflow; begin += 32) {
     const int rank = begin + lane;
     const unsigned over =
-        __ballot_sync(kAllLanes, rank < shape.num_ranks && routing.needed[rank] > Limit(shape));
+        __ballot_sync(kAllLanes, rank < shape.num_ranks && routing.needed[rank] > Limit(shape, routing));
     if (over == 0) continue;
     const int first = begin + __ffs(over) - 1;
     return {static_cast<int32_t>(ErrorCode::kOverflow), first, routing.needed[first]};
@@ -220,11 +225,11 @@ __device__ inline int64_t Offset(const MoEShape& shape, const Routing& routing, 
 __device__ inline int Total(const MoEShape& shape, int me, const Routing& routing, int group) {
   return shape.layout == OutputLayout::kRankMajor
              ? routing.mine[group]
-             : routing.experts[me * shape.local_experts() + group];
+             : routing.experts[me * routing.local_experts + group];
 }
 __device__ inline int Kept(const MoEShape& shape, int me, const Routing& routing, int group) {
   const int64_t room = shape.layout == OutputLayout::kExpertMajor
-                           ? shape.slots_per_expert()
+                           ? routing.slots
                            : max(shape.capacity - routing.starts[group], int64_t{0});
   return static_cast<int>(min(static_cast<int64_t>(Total(shape, me, routing, group)), room));
 }
@@ -233,25 +238,26 @@ __device__ inline int Kept(const MoEShape& shape, int me, const Routing& routing
 __device__ inline int CountEqual(const Routing& routing, int end, int id) {
   const int lane = threadIdx.x % 32;
   const auto* vectors = reinterpret_cast<const int4*>(routing.ids);
-  int count = 0;
-  for (int v = lane; v < (end + 7) / 8; v += 32) {
-    const int4 eight = vectors[v];
-    const uint32_t words[] = {static_cast<uint32_t>(eight.x), static_cast<uint32_t>(eight.y),
-                              static_cast<uint32_t>(eight.z), static_cast<uint32_t>(eight.w)};
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int other = static_cast<int16_t>(words[i / 2] >> 16 * (i % 2));
-      count += other == id && 8 * v + i < end;
-    }
-  }
+  const uint32_t pair = static_cast<uint32_t>(id) << 16 | static_cast<uint32_t>(id);
+  // Those that differ, of two ids at a time: a half is 0 or 1.
+  const auto differ = [pair](const int4& v) {
+    const auto one = [pair](int word) {
+      return ptx::min_u16x2(static_cast<uint32_t>(word) ^ pair, 0x00010001u);
+    };
+    return one(v.x) + one(v.y) + one(v.z) + one(v.w);
+  };
+  uint32_t different = 0;
+  for (int v = lane; v < end / 8; v += 32) different += differ(vectors[v]);
+  int count = -static_cast<int>((different & 0xffff) + (different >> 16));
+  if (lane < end % 8) count -= routing.ids[end / 8 * 8 + lane] != id;
   for (int step = 16; step > 0; step /= 2) count += __shfl_xor_sync(kAllLanes, count, step);
-  return count;
+  return end + count;
 }
 
 // How many of the first `end` tokens come here: a warp.
 __device__ inline int CountMine(const MoEShape& shape, int me, const Routing& routing, int end) {
-  const int lane = threadIdx.x % 32, first = me * shape.local_experts(),
-            last = first + shape.local_experts();
+  const int lane = threadIdx.x % 32, first = me * routing.local_experts,
+            last = first + routing.local_experts;
   int count = 0;
   for (int token = lane; token < end; token += 32) {
     bool hit = false;
@@ -268,22 +274,22 @@ __device__ inline int CountMine(const MoEShape& shape, int me, const Routing& ro
 // The row of (source, token, k), or of (source, token): a warp.
 __device__ inline int32_t RowOf(const MoEShape& shape, int me, const Routing& routing, int token,
                                 int k) {
-  const int first = me * shape.local_experts();
+  const int first = me * routing.local_experts, last = first + routing.local_experts;
   if (shape.layout == OutputLayout::kRankMajor) {
     bool is_mine = false;
     for (int i = 0; i < shape.topk; ++i) {
       const int id = routing.ids[token * shape.topk + i];
-      is_mine |= id >= first && id < first + shape.local_experts();
+      is_mine |= id >= first && id < last;
     }
     if (!is_mine) return kNotMine;
     const int row = CountMine(shape, me, routing, token);
     return row < shape.capacity ? row : static_cast<int32_t>(kDropped);
   }
   const int at = token * shape.topk + k, id = routing.ids[at];
-  if (id < first || id >= first + shape.local_experts()) return kNotMine;
+  if (id < first || id >= last) return kNotMine;
   const int before = CountEqual(routing, at, id);
   const int64_t row = int64_t{routing.starts[id - first]} + before;
-  const bool fits = shape.layout == OutputLayout::kExpertMajor ? before < shape.slots_per_expert()
+  const bool fits = shape.layout == OutputLayout::kExpertMajor ? before < routing.slots
                                                                : row < shape.capacity;
   return fits ? static_cast<int32_t>(row) : static_cast<int32_t>(kDropped);
 }
@@ -315,7 +321,7 @@ __device__ inline void FillTables(const MoEShape& shape, const Arena& arena, con
   if (code == ErrorCode::kBadExpertId)
     Report(arena, {code, verdict.rank, -1, Phase::kRoute, shape.num_experts, verdict.got});
   if (code == ErrorCode::kOverflow)
-    Report(arena, {code, verdict.rank, -1, Phase::kRoute, Limit(shape), verdict.got});
+    Report(arena, {code, verdict.rank, -1, Phase::kRoute, Limit(shape, routing), verdict.got});
 }
 
 // Tokens per expert of the rows that are kept of kRankMajor. One block; `counts` is shared.
@@ -340,10 +346,10 @@ __device__ inline void CountKeptIds(const MoEShape& shape, int me, const RoutePa
     p.num_tokens_per_expert[e] = counts[e];
 }
 
-// The table of a token's ranks, ascending, then -1.
-__device__ inline void FillSendRanks(const MoEShape& shape, const RouteParams& p, int64_t token,
-                                     int rank) {
+// The table of a token's ranks, ascending, then -1: a warp.
+__device__ inline void FillSendRanks(const MoEShape& shape, const RouteParams& p, int64_t token) {
   const int lane = threadIdx.x % 32;
+  const int rank = DestinationOfLane(shape, DispatchParams{}, p.topk_ids, token);
   int place = 0;
   for (int other = 0; other < shape.topk; ++other) {
     const int theirs = __shfl_sync(kAllLanes, rank, other);
@@ -358,20 +364,18 @@ __device__ inline void FillSendRanks(const MoEShape& shape, const RouteParams& p
 // Counts everybody's ids. Returns what all threads of all blocks agree on.
 __device__ inline Verdict Count(const MoEShape& shape, const Arena& arena, const RouteParams& p,
                                 uint32_t epoch, const Routing& routing) {
-  if (threadIdx.x < kCountThreads) {
-    const int counters = static_cast<int>(routing.starts - routing.experts);
-    for (int i = threadIdx.x; i < counters; i += kCountThreads) routing.experts[i] = 0;
-    SyncCounting();
-    ReceiveIds(shape, arena, p, epoch, routing);
-    SyncCounting();
-    if (shape.layout == OutputLayout::kRankMajor) {
-      CountTokens(shape, arena.rank, p.num_tokens, routing);
-      SyncCounting();
-    }
-    CountNeeded(shape, routing);
-    if (threadIdx.x / 32 == kCountThreads / 32 - 1) FindStarts(shape, arena.rank, routing);
+  const int counters = static_cast<int>(routing.starts - routing.experts);
+  for (int i = threadIdx.x; i < counters; i += kLatencyThreads) routing.experts[i] = 0;
+  __syncthreads();
+  ReceiveIds(shape, arena, p, epoch, routing);
+  __syncthreads();
+  if (shape.layout == OutputLayout::kRankMajor) {
+    CountTokens(shape, arena.rank, p.num_tokens, routing);
+    __syncthreads();
   }
-  SyncBlock();
+  CountNeeded(shape, routing);
+  if (threadIdx.x / 32 == kLatencyWarps - 1) FindStarts(shape, arena.rank, routing);
+  __syncthreads();
   return FindError(shape, arena, routing);
 }
 

@@ -198,6 +198,13 @@ __device__ __forceinline__ uint16_t cvt_e5m2x2(float low, float high) {
   return pair;
 }
 
+// The lesser of each of two 16-bit numbers.
+__device__ __forceinline__ uint32_t min_u16x2(uint32_t a, uint32_t b) {
+  uint32_t least;
+  asm("min.u16x2 %0, %1, %2;" : "=r"(least) : "r"(a), "r"(b));
+  return least;
+}
+
 // Nanoseconds; ticks coarsely, which is fine for timeouts.
 __device__ __forceinline__ uint64_t globaltimer() {
   uint64_t ns;

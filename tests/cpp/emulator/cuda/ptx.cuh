@@ -2,6 +2,7 @@
 #ifndef JAX_EP_CUDA_PTX_CUH_
 #define JAX_EP_CUDA_PTX_CUH_
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdint>
@@ -114,6 +115,9 @@ inline uint8_t CvtFp8(float x, int mantissa_bits, int bias, float largest) {
   const int steps =
       static_cast<int>(std::nearbyint(std::ldexp(magnitude, mantissa_bits - exponent)));
   return sign | static_cast<uint8_t>(((exponent + bias - 1) << mantissa_bits) + steps);
+}
+inline uint32_t min_u16x2(uint32_t a, uint32_t b) {
+  return std::min(a & 0xffff, b & 0xffff) | std::min(a >> 16, b >> 16) << 16;
 }
 inline uint16_t cvt_e4m3x2(float low, float high) {
   return CvtFp8(low, 3, 7, 448.0f) | CvtFp8(high, 3, 7, 448.0f) << 8;
