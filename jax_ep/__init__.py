@@ -5,10 +5,12 @@ from jax_ep._version import __version__
 from jax_ep.communicator import MoECommunicator, MoECommunicatorConfig
 from jax_ep.types import (
     CapacityError,
+    CombineRequest,
     DispatchHandle,
     DispatchLayout,
     DispatchLayoutInfo,
     DispatchOutput,
+    DispatchRequest,
     ExpertIdError,
     MoEMode,
     PeerTimeoutError,
@@ -19,10 +21,12 @@ from jax_ep.types import (
 __all__ = [
     "__version__",
     "CapacityError",
+    "CombineRequest",
     "DispatchHandle",
     "DispatchLayout",
     "DispatchLayoutInfo",
     "DispatchOutput",
+    "DispatchRequest",
     "ExpertIdError",
     "MoECommunicator",
     "MoECommunicatorConfig",

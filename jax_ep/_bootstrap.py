@@ -77,6 +77,7 @@ class Connection:
             num_sms=config.num_sms or 0,
             dispatch_blocks=config.dispatch_blocks or (0, 0),
             combine_blocks=config.combine_blocks or (0, 0),
+            max_requests=config.max_requests,
         )
         self.native = extension.Communicator(spec, across_processes=len(self._processes) > 1)
         try:

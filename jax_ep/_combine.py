@@ -9,7 +9,12 @@ import jax
 from jax_ep import _ffi, _reference
 
 
-def combine(spec, y, row_weights, routing, num_tokens: int):
+def start(spec, y, row_weights, routing, num_tokens: int):
+    """Sends what `combine` is to receive, and returns its ticket, see `_dispatch.start`."""
+    return None if spec.is_reference else _ffi.combine_start(spec, y, row_weights, routing, num_tokens)
+
+
+def combine(spec, y, row_weights, routing, num_tokens: int, ticket=None):
     """Sums `y` [C, H], weighted by `row_weights` float32 [C] unless None, into [T, H].
 
     Sums are kept in float32 (float64 for float64 rows), each rank's is rounded once to the dtype of `y` to
@@ -17,28 +22,28 @@ def combine(spec, y, row_weights, routing, num_tokens: int):
     """
     if spec.is_reference:
         return _reference.combine(spec, y, row_weights, routing, num_tokens)
-    return _combine(spec, num_tokens, y, row_weights, routing)
+    return _combine(spec, num_tokens, y, row_weights, routing, ticket)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _combine(spec, num_tokens, y, row_weights, routing):
-    return _ffi.combine(spec, y, row_weights, None, routing, num_tokens)[0]
+def _combine(spec, num_tokens, y, row_weights, routing, ticket):
+    return _ffi.combine(spec, y, row_weights, None, routing, num_tokens, ticket)[0]
 
 
-def _forward(spec, num_tokens, y, row_weights, routing):
+def _forward(spec, num_tokens, y, row_weights, routing, ticket):
     # Only the weights' gradient needs y.
     residuals = (routing, None if row_weights is None else (y, row_weights))
-    return _combine(spec, num_tokens, y, row_weights, routing), residuals
+    return _combine(spec, num_tokens, y, row_weights, routing, ticket), residuals
 
 
 def _backward(spec, num_tokens, residuals, gradient):
-    """A cached dispatch of the gradient, scaled by each row's weight on arrival."""
+    """A cached dispatch of the gradient, in one piece, scaled by each row's weight on arrival."""
     del num_tokens
     routing, weighted = residuals
     if weighted is None:
-        return _ffi.dispatch_cached(spec, gradient, None, routing)[0], None, None
+        return _ffi.dispatch_cached(spec, gradient, None, routing)[0], None, None, None
     y_gradient, weight_gradient = _ffi.dispatch_scaled(spec, gradient, routing, *weighted)
-    return y_gradient, weight_gradient, None
+    return y_gradient, weight_gradient, None, None
 
 
 _combine.defvjp(_forward, _backward)

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import os
+from collections.abc import Callable
 from types import ModuleType
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import compute_on
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_ep.types import DispatchLayout
@@ -20,6 +23,8 @@ from jax_ep.types import DispatchLayout
 # Values are part of the contract with ffi/common/layout.h.
 DTYPES = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3}
 LAYOUTS = {DispatchLayout.FLAT: 0, DispatchLayout.RANK_MAJOR: 1, DispatchLayout.EXPERT_MAJOR: 2}
+_QUANT_DTYPES = {"float8_e4m3fn": 0, "float8_e5m2": 1, "int8": 2}
+_SCALE_DTYPES = {"float32": 0, "float8_e8m0fnu": 1}
 
 _EXTENSIONS = {"cpu": ("jax_ep._cpu", "cpu"), "cuda": ("jax_ep._cuda", "CUDA")}
 
@@ -71,9 +76,13 @@ def _result(shape, dtype, like) -> jax.ShapeDtypeStruct:
     )
 
 
-def _absent(like) -> jax.Array:
+def _absent(like, dtype=jnp.float32) -> jax.Array:
     """The empty operand that stands for None."""
-    return vary(jnp.zeros((0,), jnp.float32), varying_axes(like))
+    return vary(jnp.zeros((0,), dtype), varying_axes(like))
+
+
+def _given(operand, like, dtype=jnp.float32) -> jax.Array:
+    return _absent(like, dtype) if operand is None else operand
 
 
 def _call(name: str, spec, results, *operands, **attributes: int):
@@ -81,9 +90,12 @@ def _call(name: str, spec, results, *operands, **attributes: int):
     return jax.ffi.ffi_call(name, results)(*operands, comm=np.int64(spec.communicator_id), **numbers)
 
 
-def dispatch(spec, x, weights, topk_ids, quant=None, *, fill: bool = True):
+def dispatch(spec, x, weights, topk_ids, quant=None, *, fill: bool = True, ticket=None):
     """`x` [T, H], `weights` [T, K] or None, `topk_ids` [T, K] -> (tables [N], num_tokens_per_expert [L],
-    offsets [G + 1], num_dropped [], recv_topk_ids [C, K] or None), and as `dispatch_cached`."""
+    offsets [G + 1], num_dropped [], recv_topk_ids [C, K] or None), and as `dispatch_cached`.
+
+    With the `ticket` [2] of `dispatch_start` this is the receiving half of what that sent, given the same.
+    """
     shape = spec.shape
     recv_rows = shape.capacity if shape.layout is DispatchLayout.RANK_MAJOR else 0
     sizes = [
@@ -99,30 +111,32 @@ def dispatch(spec, x, weights, topk_ids, quant=None, *, fill: bool = True):
         [*(_result(size, jnp.int32, topk_ids) for size in sizes), *_row_results(spec, x, weights, quant)],
         topk_ids,
         x,
-        _absent(x) if weights is None else weights,
+        _given(weights, x),
         _scales(x, quant),
+        _given(ticket, x, jnp.int32),
         fill=fill,
     )
     routed = (*routed, recv_topk_ids if recv_topk_ids.size else None)
     return routed, _received(tokens, row_weights, row_scales)
 
 
-def dispatch_cached(spec, x, weights, tables, quant=None, *, fill: bool = True):
+def dispatch_cached(spec, x, weights, tables, quant=None, *, fill: bool = True, ticket=None):
     """`x` [T, H], `weights` [T, K] or None -> rows [C, H], their weights ([C], [C, K], or None), and with a
     `QuantConfig` their scales [C, H / block], else None.
 
-    Without `fill`, slots of EXPERT_MAJOR without a token hold anything.
+    Without `fill`, slots of EXPERT_MAJOR without a token hold anything. A `ticket` is as in `dispatch`.
     """
     received = _call(
         "jax_ep_dispatch_cached",
         spec,
         _row_results(spec, x, weights, quant),
         x,
-        _absent(x) if weights is None else weights,
+        _given(weights, x),
         _scales(x, quant),
         tables,
         _absent(x),
         _absent(x),
+        _given(ticket, x, jnp.int32),
         fill=fill,
     )
     return _received(*received)
@@ -165,13 +179,17 @@ def dispatch_scaled(spec, g, tables, y, row_weights):
         tables,
         y,
         row_weights,
+        _absent(g, jnp.int32),
         fill=True,
     )
     return rows, dots
 
 
-def combine(spec, y, row_weights, row_scalars, tables, num_tokens):
-    """`y` [C, H] -> sums [T, H], and `row_scalars` brought back to their (token, k) [T, K], or None."""
+def combine(spec, y, row_weights, row_scalars, tables, num_tokens, ticket=None):
+    """`y` [C, H] -> sums [T, H], and `row_scalars` brought back to their (token, k) [T, K], or None.
+
+    With the `ticket` [2] of `combine_start` this is the receiving half of what that sent, given the same.
+    """
     shape = spec.shape
     scalars = (0,) if row_scalars is None else (num_tokens, shape.topk)
     out, token_scalars = _call(
@@ -179,8 +197,64 @@ def combine(spec, y, row_weights, row_scalars, tables, num_tokens):
         spec,
         [_result((num_tokens, shape.hidden_size), y.dtype, y), _result(scalars, jnp.float32, y)],
         y,
-        _absent(y) if row_weights is None else row_weights,
-        _absent(y) if row_scalars is None else row_scalars,
+        _given(row_weights, y),
+        _given(row_scalars, y),
         tables,
+        _given(ticket, y, jnp.int32),
     )
     return out, None if row_scalars is None else token_scalars
+
+
+def dispatch_start(spec, x, weights, topk_ids, tables, quant=None) -> jax.Array:
+    """Sends what `dispatch`, or without `topk_ids` `dispatch_cached`, is to receive -> its ticket [2].
+
+    On CPUs the receiving half does all of it.
+    """
+    block, dtype, scale_dtype = 0, 0, 0
+    if quant is not None:
+        block = quant.block_size
+        dtype, scale_dtype = _QUANT_DTYPES[quant.dtype.name], _SCALE_DTYPES[quant.scale_dtype.name]
+    return _start(
+        "jax_ep_dispatch_start",
+        spec,
+        x,
+        (_given(topk_ids, x, jnp.int32), x, _given(weights, x), _scales(x, quant), _given(tables, x, jnp.int32)),
+        block=block,
+        quant_dtype=dtype,
+        scale_dtype=scale_dtype,
+    )
+
+
+def combine_start(spec, y, row_weights, tables, num_tokens) -> jax.Array:
+    """Sends what `combine` is to receive -> its ticket [2]. On CPUs the receiving half does all of it."""
+    operands = y, _given(row_weights, y), tables
+    return _start("jax_ep_combine_start", spec, y, operands, num_tokens=num_tokens)
+
+
+def _start(name: str, spec, like, operands, **attributes: int) -> jax.Array:
+    """A sending half, which is not differentiated: the receiving half takes the same operands, and is."""
+    ticket = _result((2,), jnp.int32, like)
+
+    def send(*operands):
+        return _call(name, spec, ticket, *operands, **attributes)
+
+    return _beside_compute(spec, send)(*jax.lax.stop_gradient(operands))
+
+
+def _beside_compute(spec, send: Callable) -> Callable:
+    """`send`, beside XLA's compute stream where there is one and this jax can say so."""
+    on_gpu = spec.communicator.config.implementation == "cuda"
+    return on_collective_stream(send) if on_gpu and _COMPUTE_ON_TRANSFORMS else send
+
+
+# A function that transforms since jax 0.11.1, a context manager before.
+_COMPUTE_ON_TRANSFORMS = "out_memory_spaces" in inspect.signature(compute_on.compute_on).parameters
+
+
+def on_collective_stream(fn: Callable) -> Callable:
+    """`fn`, which XLA for GPUs then runs beside its compute stream.
+
+    Its result is one array: when XLA takes a second result of what runs on another stream, it waits for the first.
+    """
+    transform: Callable = compute_on.compute_on if _COMPUTE_ON_TRANSFORMS else compute_on.compute_on2
+    return transform(fn, compute_type="gpu_stream:collective", out_memory_spaces=jax.memory.Space.Device)

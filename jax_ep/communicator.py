@@ -14,10 +14,12 @@ from jax_ep import _bootstrap, _combine, _dispatch, _ffi, _quant, _shapes
 from jax_ep._checks import expect, expect_array, expect_dtype, expect_inside_shard_map, expect_int
 from jax_ep.types import (
     CapacityError,
+    CombineRequest,
     DispatchHandle,
     DispatchLayout,
     DispatchLayoutInfo,
     DispatchOutput,
+    DispatchRequest,
     ErrorCode,
     ExpertIdError,
     MoEMode,
@@ -48,6 +50,7 @@ class MoECommunicatorConfig:
     overflow: str = "error"
     expert_alignment: int = 1
     dtype: Any = jnp.bfloat16
+    max_requests: int = 0
     implementation: str | None = None
     num_sms: int | None = None
     dispatch_blocks: tuple[int, int] | None = None
@@ -77,8 +80,9 @@ class _OpSpec:
 class MoECommunicator:
     """Moves the tokens of a mixture-of-experts layer to their experts and back, along one mesh axis.
 
-    Build it once, outside jit, on all processes of the mesh alike; call `dispatch` and `combine` inside
-    `jax.shard_map` over the same mesh. Expert e lives on rank `e // (num_experts // R)` of the axis's R ranks.
+    Build it once, outside jit, on all processes of the mesh alike; call `dispatch` and `combine`, or `dispatch_async`
+    and `combine_async`, which cut them in halves, inside `jax.shard_map` over the same mesh. Expert e lives on rank
+    `e // (num_experts // R)` of the axis's R ranks.
 
     Args:
       mesh: the `jax.sharding.Mesh` that the calls will be mapped over. Positions on its other axes form
@@ -100,6 +104,8 @@ class MoECommunicator:
         and counted in `num_dropped`.
       expert_alignment: each expert's rows start at a multiple of this (`FLAT`).
       dtype: of the tokens: bfloat16, float16, float32 or float64.
+      max_requests: requests of `dispatch_async` and `combine_async` that may be in flight at a time (started and not
+        yet waited for); on GPUs each takes another arena.
       implementation: "cuda", "cpu" or "reference" (pure JAX); default by the mesh's platform.
       num_sms: SMs of a GPU that an op may occupy; default all, or what the environment variable JAX_EP_NUM_SMS says.
       dispatch_blocks: (sending, receiving) thread blocks of dispatch, one per SM; default a split of `num_sms`, or
@@ -213,7 +219,63 @@ class MoECommunicator:
           ValueError, TypeError: at trace time, naming the argument, what was expected and what came.
           CapacityError, ExpertIdError, PeerTimeoutError: an earlier step failed, see `check`.
         """
-        self._expect_usable("dispatch")
+        return self._received(self._checked_dispatch("dispatch", x, topk_ids, weights, previous_handle, quant))
+
+    def dispatch_async(
+        self,
+        x: jax.Array,
+        topk_ids: jax.Array | None = None,
+        weights: jax.Array | None = None,
+        *,
+        previous_handle: DispatchHandle | None = None,
+        quant: QuantConfig | None = None,
+    ) -> DispatchRequest:
+        """Starts a dispatch: `dispatch_async(...).wait()` is `dispatch(...)`, gradients included.
+
+        What is computed in between, without the result, hides the time that rows travel::
+
+            request = comm.dispatch_async(x, topk_ids, weights)
+            shared = shared_expert(x)
+            out, handle = request.wait()
+
+        Nothing but data orders the halves and what is around them:
+
+        - Ranks start a communicator's requests in the same order, as they do when they run the same program. At most
+          `max_requests`, of this and of `combine_async`, are in flight at a time, and those started first are waited
+          for first. A request may be carried through a scan: start the next one, wait for this one, with
+          `max_requests=2`.
+        - The ticket is a hint. Where XLA merges equal starts, takes one out of a loop, or `jax.checkpoint` recomputes a
+          wait, the receiving half finds nothing that was sent for it, and does the whole op. So it does for one
+          request more than `max_requests`.
+        - A request that is not waited for is not even started, since XLA drops it, unless its ticket is used.
+
+        On GPUs the sending half runs beside compute with jax 0.11.1 or newer, `xla_gpu_enable_command_buffer=""`, since
+        command buffers replay one kernel after the other, and a `num_sms` that leaves room. On CPUs the receiving half
+        does all of it.
+
+        Args:
+          As `dispatch`.
+
+        Returns:
+          A request, whose `wait()` returns what `dispatch` does.
+
+        Raises:
+          ValueError: `max_requests` is 0.
+          As `dispatch`.
+        """
+        self._expect_requests("dispatch_async")
+        request = self._checked_dispatch("dispatch_async", x, topk_ids, weights, previous_handle, quant)
+        routing = None if previous_handle is None else previous_handle.routing
+        ticket = _dispatch.start(self._spec, request.x, request.weights, request.topk_ids, routing, request.quant)
+        return dataclasses.replace(request, ticket=ticket)
+
+    def _wait_for_dispatch(self, request: DispatchRequest) -> tuple[DispatchOutput, DispatchHandle]:
+        self._expect_usable("wait")
+        return self._received(request)
+
+    def _checked_dispatch(self, op: str, x, topk_ids, weights, previous_handle, quant) -> DispatchRequest:
+        """What a dispatch is given, as its op takes it: a request without a ticket."""
+        self._expect_usable(op)
         shape = self._shape
         if quant is not None:
             quant = self._checked_quant(quant)
@@ -224,27 +286,35 @@ class MoECommunicator:
         if came_quantised:
             num_blocks = shape.hidden_size // quant.block_size
             expect_array("quant.scales", quant.scales, (num_tokens, num_blocks), quant.scale_dtype)
-        # The token that stands in for none is a constant, by which JAX does not see a differentiated program.
-        fill = num_tokens == 0
         if weights is not None:
             expect_array("weights", weights, (num_tokens, shape.topk), jnp.float32)
         if previous_handle is not None:
             expect(topk_ids is None, "topk_ids", "None beside previous_handle", "an array")
             self._expect_own_handle("previous_handle", previous_handle)
             expect(previous_handle.num_tokens == num_tokens, "x", f"{previous_handle.num_tokens} tokens", num_tokens)
-            x, weights, quant = self._vary_alike(x, weights, quant, previous_handle)
-            received = _dispatch.dispatch_cached(self._spec, x, weights, previous_handle.routing, quant, fill)
-            return self._output_and_handle(previous_handle, *received)
-        if topk_ids is None:
-            raise ValueError("topk_ids: expected an array, or previous_handle, got neither")
-        expect_array("topk_ids", topk_ids, (num_tokens, shape.topk), jnp.int32)
-        topk_ids = _ffi.vary(_at_least_one_token(topk_ids, -1), {self.config.axis_name})
-        x, weights, quant = self._vary_alike(x, weights, quant, topk_ids)
-        routed, received = _dispatch.dispatch(self._spec, x, weights, topk_ids, quant, fill)
+        else:
+            if topk_ids is None:
+                raise ValueError("topk_ids: expected an array, or previous_handle, got neither")
+            expect_array("topk_ids", topk_ids, (num_tokens, shape.topk), jnp.int32)
+            topk_ids = _ffi.vary(_at_least_one_token(topk_ids, -1), {self.config.axis_name})
+        routed_by = topk_ids if previous_handle is None else previous_handle
+        x, weights, quant = self._vary_alike(x, weights, quant, routed_by)
+        return DispatchRequest(x, weights, topk_ids, previous_handle, quant, None, num_tokens, self)
+
+    def _received(self, request: DispatchRequest) -> tuple[DispatchOutput, DispatchHandle]:
+        """The op, or with a ticket its receiving half."""
+        spec, handle = self._spec, request.previous_handle
+        x, weights, quant, ticket = request.x, request.weights, request.quant, request.ticket
+        # The token that stands in for none is a constant, by which JAX does not see a differentiated program.
+        fill = request.num_tokens == 0
+        if handle is not None:
+            received = _dispatch.dispatch_cached(spec, x, weights, handle.routing, quant, fill, ticket)
+            return self._output_and_handle(handle, *received)
+        routed, received = _dispatch.dispatch(spec, x, weights, request.topk_ids, quant, fill, ticket)
         routing, num_tokens_per_expert, offsets, num_dropped, recv_topk_ids = routed
-        layout = DispatchLayoutInfo(shape.layout, num_tokens_per_expert, offsets)
+        layout = DispatchLayoutInfo(self._shape.layout, num_tokens_per_expert, offsets)
         handle = DispatchHandle(
-            routing, None, layout, num_dropped, recv_topk_ids, num_tokens, self._spec.communicator_id
+            routing, None, layout, num_dropped, recv_topk_ids, request.num_tokens, spec.communicator_id
         )
         return self._output_and_handle(handle, *received)
 
@@ -318,15 +388,45 @@ class MoECommunicator:
         Raises:
           As `dispatch`.
         """
-        self._expect_usable("combine")
+        return self._combined(self._checked_combine("combine", y, handle))
+
+    def combine_async(self, y: jax.Array, handle: DispatchHandle) -> CombineRequest:
+        """Starts a combine: `combine_async(...).wait()` is `combine(...)`. All else is as for `dispatch_async`.
+
+        Args:
+          As `combine`.
+
+        Returns:
+          A request, whose `wait()` returns what `combine` does.
+
+        Raises:
+          As `dispatch_async`.
+        """
+        self._expect_requests("combine_async")
+        request = self._checked_combine("combine_async", y, handle)
+        num_tokens = max(1, request.num_tokens)
+        ticket = _combine.start(self._spec, request.y, request.row_weights, request.routing, num_tokens)
+        return dataclasses.replace(request, ticket=ticket)
+
+    def _wait_for_combine(self, request: CombineRequest) -> jax.Array:
+        self._expect_usable("wait")
+        return self._combined(request)
+
+    def _checked_combine(self, op: str, y, handle) -> CombineRequest:
+        """What a combine is given, as its op takes it: a request without a ticket."""
+        self._expect_usable(op)
         self._expect_own_handle("handle", handle)
         expect_array("y", y, (*self.rows_shape, self._shape.hidden_size), self.config.dtype)
         axes = _ffi.varying_axes(y) | _varying_axes(handle)
         y = _ffi.vary(y.reshape(self._shape.capacity, -1), axes)
         weighted = handle.row_weights is not None and handle.layout.kind is not DispatchLayout.RANK_MAJOR
         row_weights = _ffi.vary(handle.row_weights, axes) if weighted else None
-        out = _combine.combine(self._spec, y, row_weights, handle.routing, max(1, handle.num_tokens))
-        return out[: handle.num_tokens]
+        return CombineRequest(y, row_weights, handle.routing, None, handle.num_tokens, self)
+
+    def _combined(self, request: CombineRequest) -> jax.Array:
+        """The op, or with a ticket its receiving half."""
+        operands = request.y, request.row_weights, request.routing, max(1, request.num_tokens)
+        return _combine.combine(self._spec, *operands, request.ticket)[: request.num_tokens]
 
     def check(self) -> None:
         """Raises what went wrong on this process's devices since the last call.
@@ -392,6 +492,9 @@ class MoECommunicator:
         expect_inside_shard_map(self.mesh, self.config.axis_name, op)
         self.check()
 
+    def _expect_requests(self, op: str) -> None:
+        expect(self.config.max_requests > 0, "max_requests", f"at least 1 for {op}", self.config.max_requests)
+
     def _expect_own_handle(self, argument: str, handle) -> None:
         if not isinstance(handle, DispatchHandle):
             raise TypeError(f"{argument}: expected a DispatchHandle, got {type(handle).__name__}")
@@ -415,6 +518,7 @@ def _resolve(mesh, config: MoECommunicatorConfig) -> MoECommunicatorConfig:
     expect(config.axis_name in mesh.axis_names, "axis_name", f"one of {mesh.axis_names}", repr(config.axis_name))
     for name in ("num_experts", "hidden_size", "topk", "max_tokens_per_rank", "expert_alignment"):
         expect_int(name, getattr(config, name))
+    expect_int("max_requests", config.max_requests, minimum=0)
     config = _with_environment(config)
     for name in ("dispatch_blocks", "combine_blocks"):
         blocks = getattr(config, name)

@@ -162,3 +162,48 @@ class DispatchHandle:
     topk_ids: Array | None
     num_tokens: int = dataclasses.field(metadata={"static": True})
     communicator_id: int = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DispatchRequest:
+    """A dispatch that was started, see `MoECommunicator.dispatch_async`. A pytree: pass it through jit and scan like
+    any other. What it holds, but for the ticket, is what `dispatch` was given.
+
+    Attributes:
+      ticket: int32 `[2]`, by which the receiving half finds what was sent; None for the reference.
+    """
+
+    x: Array
+    weights: Array | None
+    topk_ids: Array | None
+    previous_handle: DispatchHandle | None
+    quant: QuantConfig | None
+    ticket: Array | None
+    num_tokens: int = dataclasses.field(metadata={"static": True})
+    communicator: Any = dataclasses.field(metadata={"static": True})
+
+    def wait(self) -> tuple[DispatchOutput, DispatchHandle]:
+        """What `dispatch` returns, and raises. Call inside `jax.shard_map`."""
+        return self.communicator._wait_for_dispatch(self)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CombineRequest:
+    """A combine that was started, see `MoECommunicator.combine_async`. A pytree as `DispatchRequest` is.
+
+    Attributes:
+      ticket: int32 `[2]`, by which the receiving half finds what was sent; None for the reference.
+    """
+
+    y: Array
+    row_weights: Array | None
+    routing: Any
+    ticket: Array | None
+    num_tokens: int = dataclasses.field(metadata={"static": True})
+    communicator: Any = dataclasses.field(metadata={"static": True})
+
+    def wait(self) -> Array:
+        """What `combine` returns, and raises. Call inside `jax.shard_map`."""
+        return self.communicator._wait_for_combine(self)

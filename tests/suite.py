@@ -72,6 +72,7 @@ class Case:
     check_vma: bool = True
     quant: QuantConfig | None = None
     came_quantised: bool = False  # x is quantised before dispatch
+    max_requests: int = 0  # with any, the layer dispatches and combines in halves
     seed: int = 0
 
 
@@ -201,6 +202,7 @@ def communicator(implementation: str, mesh: Mesh, case: Case, **arguments) -> ja
             mode=case.mode,
             expert_alignment=case.expert_alignment,
             dtype=jnp.dtype(case.dtype),
+            max_requests=case.max_requests,
             implementation=implementation,
         )
         | arguments,
@@ -245,13 +247,25 @@ def dispatch(comm, x, topk_ids, weights, quant: QuantConfig | None = None, came_
     if came_quantised:
         x, scales = _quant.quantize(x, quant)
         quant = dataclasses.replace(quant, scales=scales)
+    if comm.config.max_requests:
+        return comm.dispatch_async(x, topk_ids, weights, quant=quant).wait()
     return comm.dispatch(x, topk_ids, weights, quant=quant)
+
+
+def combine(comm, y, handle):
+    return comm.combine_async(y, handle).wait() if comm.config.max_requests else comm.combine(y, handle)
 
 
 def moe(comm, x, topk_ids, weights, factors, row_bias=None, **quant):
     out, handle = dispatch(comm, x, topk_ids, weights, **quant)
     y = apply_experts(out, factors, x.dtype)
-    return comm.combine(y if row_bias is None else y + row_bias.reshape(y.shape), handle), out
+    return combine(comm, y if row_bias is None else y + row_bias.reshape(y.shape), handle), out
+
+
+def whole(comm, x, topk_ids, weights, factors):
+    """`moe` of whole ops, whatever the communicator has room for."""
+    out, handle = comm.dispatch(x, topk_ids, weights)
+    return comm.combine(apply_experts(out, factors), handle)
 
 
 def observed(out: jax_ep.DispatchOutput) -> jax_ep.DispatchOutput:
@@ -407,6 +421,14 @@ def check_case(implementation: str, case: Case, mesh: Mesh | None = None) -> Non
     assert_same(got.received, want.received)
     assert_results(case, inputs, got, (want.out, *want.gradients))
     assert_rounded("gradient of the expert output", case.dtype, got.gradients[-1], want.gradients[-1])
+
+
+def check_halves(implementation: str, case: Case) -> None:
+    """A layer of requests gives what a layer of whole ops does, bit for bit, gradients included."""
+    mesh = make_mesh(implementation, case.num_ranks)
+    (whole,) = run(implementation, mesh, dataclasses.replace(case, max_requests=0))
+    (halves,) = run(implementation, mesh, dataclasses.replace(case, max_requests=1))
+    assert_same(repeatable(implementation, halves), repeatable(implementation, whole))
 
 
 def draw_magnitudes(rng: np.random.Generator, shape: tuple[int, int], dtype) -> np.ndarray:

@@ -21,7 +21,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
-from jax_ep.bench import baselines, report, rows, stages, stock, stress, timing, verify
+from jax_ep.bench import baselines, comparisons, report, rows, stages, stock, stress, timing, verify
 from jax_ep.bench.layer import Layer, Received
 from jax_ep.bench.ops import all_ops, num_ops
 from jax_ep.bench.problem import Problem
@@ -265,6 +265,14 @@ def test_every_row_is_verified(either_problem):
             op.verify(expected, jax.tree.map(lambda a: jnp.roll(a, 1, axis=-1 if a.ndim < 3 else 1), out))
 
 
+def test_halves_with_wrong_results_fail(decode_problem, monkeypatch):
+    wait = jax_ep.CombineRequest.wait
+    monkeypatch.setattr(jax_ep.CombineRequest, "wait", lambda request: wait(request) * 1.2)
+    with Problem(TINY_DECODE, decode_problem.mesh, max_requests=1) as problem:
+        errors = [comparison.error for comparison in comparisons.measure_halves(problem)]
+    assert errors[:7] == [None] * 7 and all("WrongResult: combine" in error for error in errors[7:])
+
+
 def test_rows_with_wrong_results_fail(decode_problem, monkeypatch):
     monkeypatch.setattr(Layer, "forward_of", lambda layer, x, topk_ids, weights: x * 1.2)
     expected, (op, *_) = verify.Expected(decode_problem), (o for o in all_ops(decode_problem) if o.name == "forward")
@@ -389,7 +397,7 @@ def test_command(tmp_path):
     results = json.loads(file.read_text())
     assert [summary["row"]["error"] for summary in results["rows"]] == [None] * 8
     assert [bool(summary["best_stock"]) for summary in results["rows"]].count(True) == 4
-    assert [comparison["error"] for comparison in results["comparisons"]] == [None] * 11
+    assert [comparison["error"] for comparison in results["comparisons"]] == [None] * 20
     assert {baseline["op"] for baseline in results["baselines"].values() if baseline["times"]} == {
         "forward",
         "dispatch",
@@ -407,11 +415,21 @@ def test_command_in_low_latency_mode(tmp_path):
     assert "low latency, output [8, 32, 64] per rank" in output and "forward, 1 token per rank" in output
     results = json.loads(file.read_text())
     assert [summary["row"]["error"] for summary in results["rows"]] == [None] * 6
-    assert [comparison["name"] for comparison in results["comparisons"]] == [
-        "forward, no command buffers",
-        "forward, command buffers as by default",
+    between = "elementwise between its halves"
+    assert [(comparison["name"], comparison["beside"]) for comparison in results["comparisons"]] == [
+        ("elementwise alone", ""),
+        ("dispatch, fresh routing, alone", ""),
+        ("dispatch, fresh routing, then elementwise", ""),
+        (f"dispatch, fresh routing, {between}", "one after the other"),
+        (f"dispatch, fresh routing, {between}", "the longer alone"),
+        ("combine, weighted, alone", ""),
+        ("combine, weighted, then elementwise", ""),
+        (f"combine, weighted, {between}", "one after the other"),
+        (f"combine, weighted, {between}", "the longer alone"),
+        ("forward, no command buffers", ""),
+        ("forward, command buffers as by default", "without"),
     ]
-    assert [comparison["error"] for comparison in results["comparisons"]] == [None] * 2
+    assert [comparison["error"] for comparison in results["comparisons"]] == [None] * 11
     assert "forward + backward" not in {baseline["op"] for baseline in results["baselines"].values()}
     output = run_bench("--workload", "tiny-decode", "--devices", 2, "--stress", 20)
     assert "0 with wrong sums, 0 with wrong rows" in output

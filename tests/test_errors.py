@@ -54,6 +54,7 @@ def comm(implementation, mesh, case):
         (ValueError, "max_recv_tokens_per_rank", 2**31, "fewer than 2**31 rows"),
         (ValueError, "expert_alignment", 0, "at least 1"),
         (ValueError, "num_sms", 0, "at least 1"),
+        (ValueError, "max_requests", -1, "at least 0"),
         (ValueError, "timeout_s", 0, "above 0"),
         (ValueError, "timeout_s", float("inf"), "up to"),
         (ValueError, "overflow", "ignore", '"error" or "drop"'),
@@ -65,6 +66,8 @@ def comm(implementation, mesh, case):
         (TypeError, "num_experts", 4.0, "an int"),
         (TypeError, "hidden_size", "8", "an int"),
         (TypeError, "topk", True, "an int"),
+        (TypeError, "max_requests", 1.0, "an int"),
+        (TypeError, "max_requests", True, "an int"),
     ],
 )
 def test_argument_of_the_constructor(implementation, mesh, case, error, argument, value, expected):
@@ -83,6 +86,8 @@ def test_argument_of_the_constructor(implementation, mesh, case, error, argument
 def test_argument_of_the_constructor_beside_expert_major(implementation, mesh, case, argument, value, expected):
     case = dataclasses.replace(case, mode=LOW_LATENCY, layout=EXPERT_MAJOR)
     got = "" if argument == "max_tokens_per_rank" else str(value)
+    if argument == "max_tokens_per_rank" and implementation == "cuda":  # where the mode's own limit is less
+        expected = f"at most {2**16 // (2 * mesh.size)} in mode LOW_LATENCY on CUDA"
     with raises(ValueError, argument, expected, got):
         suite.communicator(implementation, mesh, case, **{argument: value})
 
@@ -347,6 +352,31 @@ def test_handle_of_another_communicator(implementation, mesh, case, comm, argume
             on_each_rank(comm, layer)
 
 
+def test_requests_of_a_communicator_without_room_for_any(comm):
+    def start_dispatch():
+        comm.dispatch_async(**arguments())
+
+    def start_combine():
+        out, handle = comm.dispatch(**arguments())
+        comm.combine_async(out.tokens, handle)
+
+    for start, op in ((start_dispatch, "dispatch_async"), (start_combine, "combine_async")):
+        with raises(ValueError, "max_requests", f"at least 1 for {op}", "0"):
+            on_each_rank(comm, start)
+
+
+def test_arguments_of_requests(implementation, mesh, case):
+    with suite.communicator(implementation, mesh, case, max_requests=1) as comm:
+        with raises(ValueError, "weights", "shape [4, 2]", "shape [4, 1]"):
+            on_each_rank(comm, lambda: comm.dispatch_async(**arguments(weights=jnp.ones((4, 1), jnp.float32))))
+        with raises(TypeError, "handle", "a DispatchHandle", "DispatchRequest"):
+            on_each_rank(comm, lambda: comm.combine_async(None, comm.dispatch_async(**arguments())))
+        with raises(ValueError, "dispatch_async", "a call inside jax.shard_map over mesh axis 'ep'", "manual axes ()"):
+            comm.dispatch_async(**arguments())
+        with raises(ValueError, "combine_async", "a call inside jax.shard_map over mesh axis 'ep'", "manual axes ()"):
+            comm.combine_async(None, None)
+
+
 def test_call_outside_shard_map(comm):
     with raises(ValueError, "dispatch", "a call inside jax.shard_map over mesh axis 'ep'", "manual axes ()"):
         comm.dispatch(**arguments())
@@ -381,6 +411,24 @@ def test_trace_after_destroy(implementation, mesh, case):
         on_each_rank(comm, lambda: comm.dispatch(**arguments())[0].tokens)
     with raises(ValueError, "combine", "a live MoECommunicator", "one after destroy()"):
         on_each_rank(comm, lambda: comm.combine(None, None))
+
+
+def test_wait_outside_shard_map_and_after_destroy(implementation, mesh, case):
+    comm, requests = suite.communicator(implementation, mesh, case, max_requests=2), []
+
+    def start():
+        out, handle = comm.dispatch(**arguments())
+        requests[:] = comm.dispatch_async(**arguments()), comm.combine_async(out.tokens, handle)
+        return out.tokens
+
+    on_each_rank(comm, start)
+    for request in requests:
+        with raises(ValueError, "wait", "a call inside jax.shard_map over mesh axis 'ep'", "manual axes ()"):
+            request.wait()
+    comm.destroy()
+    for request in requests:
+        with raises(ValueError, "wait", "a live MoECommunicator", "one after destroy()"):
+            on_each_rank(comm, request.wait)
 
 
 def test_compiled_program_after_destroy(native_implementation):

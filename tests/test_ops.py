@@ -12,12 +12,16 @@ import suite
 from hypothesis import strategies as st
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from suite import EXPERT_MAJOR, FLAT, LOW_LATENCY, RANK_MAJOR, Case
+from suite import EXPERT_MAJOR, FLAT, HIGH_THROUGHPUT, LOW_LATENCY, RANK_MAJOR, Case
 
 import jax_ep
 from jax_ep import CapacityError, ExpertIdError
 
 ARRANGEMENTS = pytest.mark.parametrize("mode, layout", suite.ARRANGEMENTS, ids=suite.arrangement_id)
+# Each mode with its own layout.
+MODES = pytest.mark.parametrize(
+    "mode, layout", [(HIGH_THROUGHPUT, FLAT), (LOW_LATENCY, EXPERT_MAJOR)], ids=suite.arrangement_id
+)
 
 
 def no_tokens_crash(implementation: str) -> bool:
@@ -56,6 +60,7 @@ def cases(draw, implementation: str) -> Case:
         check_vma=draw(st.booleans()),
         quant=quant,
         came_quantised=quant is not None and draw(st.booleans()),
+        max_requests=draw(st.integers(0, 1)),
         seed=draw(st.integers(0, 1000)),
     )
 
@@ -259,9 +264,8 @@ def assert_fails_once(comm, case: Case, bad_topk_ids: np.ndarray, error, text: s
     comm.check()
 
 
-@ARRANGEMENTS
-def test_overflow_is_an_error(implementation, mode, layout):
-    case = small_case(implementation, num_tokens=8, topk=2, mode=mode, layout=layout)
+def check_overflow(implementation: str, mode, layout, max_requests: int) -> None:
+    case = small_case(implementation, num_tokens=8, topk=2, mode=mode, layout=layout, max_requests=max_requests)
     mesh = suite.make_mesh(implementation, case.num_ranks)
     num_tokens = 8 * case.num_ranks
     num_rows = num_tokens * (1 if layout is RANK_MAJOR else 2)
@@ -274,6 +278,11 @@ def test_overflow_is_an_error(implementation, mode, layout):
     with suite.communicator(implementation, mesh, case, max_recv_tokens_per_rank=capacity) as comm:
         all_to_the_last = np.full((num_tokens, 2), case.num_experts - 1, np.int32)
         assert_fails_once(comm, case, all_to_the_last, CapacityError, text)
+
+
+@ARRANGEMENTS
+def test_overflow_is_an_error(implementation, mode, layout):
+    check_overflow(implementation, mode, layout, max_requests=0)
 
 
 @pytest.mark.parametrize("bad_id", [24, -2, -(2**31)])
@@ -392,6 +401,186 @@ def test_a_handle_is_carried_through_a_scan(implementation):
             return scanned, x * weight_sums**3
 
         programs.assert_close(*run_two_ways(comm, case, layer))
+
+
+# Requests.
+
+
+@pytest.mark.parametrize("quant", [None, suite.QUANTS[0]], ids=["plain", "quantised"])
+@ARRANGEMENTS
+def test_halves_are_as_good_as_the_whole(native_implementation, mode, layout, quant):
+    sizes = dict(num_tokens=13, topk=3, hidden_size=128, dtype="bfloat16")
+    suite.check_halves(
+        native_implementation, small_case(native_implementation, mode=mode, layout=layout, quant=quant, **sizes)
+    )
+
+
+def test_halves_of_the_reference():
+    suite.check_halves("reference", Case(num_ranks=2))
+
+
+@ARRANGEMENTS
+def test_halves_along_a_previous_handle(native_implementation, mode, layout):
+    case = small_case(native_implementation, num_tokens=11, topk=3, mode=mode, layout=layout, max_requests=1)
+    mesh = suite.make_mesh(native_implementation, case.num_ranks)
+    with suite.communicator(native_implementation, mesh, case) as comm:
+
+        def layer(x, topk_ids, weights, factors):
+            _, earlier = comm.dispatch(jnp.ones_like(x), topk_ids, jnp.ones_like(weights))
+            out, handle = comm.dispatch_async(x, None, weights, previous_handle=earlier).wait()
+            halves = comm.combine_async(suite.apply_experts(out, factors), handle).wait()
+            out, handle = comm.dispatch(x, None, weights, previous_handle=earlier)
+            return halves, comm.combine(suite.apply_experts(out, factors), handle)
+
+        suite.assert_same(*run_two_ways(comm, case, layer))
+
+
+def in_order(*arrays):
+    """What follows from any of these comes after all of them."""
+    return jax.lax.optimization_barrier(arrays)
+
+
+@MODES
+def test_two_requests_in_flight_around_a_whole_op(native_implementation, mode, layout):
+    case = small_case(native_implementation, mode=mode, layout=layout, max_requests=2)
+    mesh = suite.make_mesh(native_implementation, case.num_ranks)
+    with suite.communicator(native_implementation, mesh, case) as comm:
+
+        def layer(x, topk_ids, weights, factors):
+            def routing(step):
+                return jnp.roll(topk_ids, step, 0), jnp.roll(weights, step, 0)
+
+            def experts(out):
+                return suite.apply_experts(out, factors)
+
+            first = comm.dispatch_async(x, *routing(0))
+            first, later = in_order(first, x)
+            second = comm.dispatch_async(2 * later, *routing(1))
+            first, second, later = in_order(first, second, later)
+            out, handle = comm.dispatch(4 * later, *routing(2))
+            first, second, between = in_order(first, second, experts(out))
+            (second, second_handle), (first, first_handle) = second.wait(), first.wait()
+            first = comm.combine_async(experts(first), first_handle)
+            second = comm.combine_async(experts(second), second_handle)
+            first, second, between = in_order(first, second, between)
+            first, second, between = in_order(first, second, comm.combine(between, handle))
+            halves = second.wait() + first.wait() + between
+            return halves, sum(suite.whole(comm, (1 << step) * x, *routing(step), factors) for step in range(3))
+
+        programs.assert_close(*run_two_ways(comm, case, layer))
+
+
+@MODES
+def test_a_request_is_carried_through_a_scan(native_implementation, mode, layout):
+    """Each step starts the next one's dispatch before it waits for its own."""
+    case = small_case(native_implementation, mode=mode, layout=layout, max_requests=2)
+    mesh = suite.make_mesh(native_implementation, case.num_ranks)
+    with suite.communicator(native_implementation, mesh, case) as comm:
+
+        def layer(x, topk_ids, weights, factors):
+            def of_step(step):
+                return (1 + step) * x, jnp.roll(topk_ids, step, 0), jnp.roll(weights, step, 0)
+
+            def finish(request):
+                out, handle = request.wait()
+                return comm.combine(suite.apply_experts(out, factors), handle)
+
+            def body(request, arrays):
+                following, request = in_order(comm.dispatch_async(*arrays), request)
+                return following, finish(request)
+
+            steps = [of_step(step) for step in range(4)]
+            later = jax.tree.map(lambda *arrays: jnp.stack(arrays), *steps[1:])
+            last, combined = jax.lax.scan(body, comm.dispatch_async(*steps[0]), later)
+            return combined.sum(0) + finish(last), sum(suite.whole(comm, *arrays, factors) for arrays in steps)
+
+        programs.assert_close(*run_two_ways(comm, case, layer))
+
+
+@MODES
+def test_halves_in_a_scan_with_remat(native_implementation, mode, layout):
+    case = small_case(native_implementation, mode=mode, layout=layout)
+    mesh = suite.make_mesh(native_implementation, case.num_ranks)
+    halves, whole = (
+        programs.scan_layers(native_implementation, mesh, dataclasses.replace(case, max_requests=max_requests), 3)
+        for max_requests in (1, 0)
+    )
+    programs.assert_close(halves, whole)
+
+
+@MODES
+def test_overflow_of_halves(native_implementation, mode, layout):
+    check_overflow(native_implementation, mode, layout, max_requests=1)
+
+
+def forward_of(comm, layer):
+    """`layer(x, topk_ids, weights)`, compiled."""
+    tokens = P(comm.mesh.axis_names)
+    return jax.jit(jax.shard_map(layer, mesh=comm.mesh, in_specs=(tokens,) * 3, out_specs=tokens))
+
+
+def test_what_is_not_waited_for_is_not_started(native_implementation):
+    case = small_case(native_implementation, max_requests=2)
+    with suite.communicator(
+        native_implementation, suite.make_mesh(native_implementation, case.num_ranks), case
+    ) as comm:
+
+        def layer(x, topk_ids, weights):
+            comm.dispatch_async(2 * x, topk_ids, weights)
+            out, handle = comm.dispatch_async(x, topk_ids, weights).wait()
+            comm.combine_async(out.tokens, handle)
+            return out.tokens
+
+        inputs = suite.place(suite.draw(case), comm.mesh, comm.capacity)
+        text = forward_of(comm, layer).lower(inputs.x, inputs.topk_ids, inputs.weights).compile().as_text()
+        ops = "dispatch_start", "dispatch", "combine_start"
+        assert [text.count(f'custom_call_target="jax_ep_{op}"') for op in ops] == [1, 1, 0]
+
+
+@MODES
+def test_more_requests_than_may_be_in_flight_and_one_waited_for_twice(native_implementation, mode, layout):
+    """What is not there to be received is done as a whole."""
+    case = small_case(native_implementation, mode=mode, layout=layout, max_requests=1)
+    mesh = suite.make_mesh(native_implementation, case.num_ranks)
+    with suite.communicator(native_implementation, mesh, case) as comm:
+
+        def layer(x, topk_ids, weights, factors):
+            def finish(request):
+                out, handle = request.wait()
+                return comm.combine(suite.apply_experts(out, factors), handle)
+
+            first = comm.dispatch_async(x, topk_ids, weights)
+            first, later = in_order(first, x)
+            second = comm.dispatch_async(2 * later, jnp.roll(topk_ids, 1, 0), weights)
+            first, second = in_order(first, second)
+            once, first = in_order(finish(first), first)
+            halves = once + finish(second) + finish(first)
+            whole = suite.whole(comm, 2 * x, jnp.roll(topk_ids, 1, 0), weights, factors)
+            return halves, 2 * suite.whole(comm, x, topk_ids, weights, factors) + whole
+
+        programs.assert_close(*run_two_ways(comm, case, layer))
+
+
+@MODES
+def test_a_request_from_outside_of_what_is_recomputed(native_implementation, mode, layout):
+    """The backward pass waits for it once more."""
+    case = small_case(native_implementation, mode=mode, layout=layout, max_requests=2)
+    mesh = suite.make_mesh(native_implementation, case.num_ranks)
+    with suite.communicator(native_implementation, mesh, case) as comm:
+
+        def layer(x, topk_ids, weights, factors):
+            @jax.checkpoint
+            def finish(request):
+                out, handle = request.wait()
+                return jnp.sin(comm.combine(suite.apply_experts(out, factors), handle))
+
+            halves = finish(comm.dispatch_async(x, topk_ids, weights))
+            return halves, jnp.sin(suite.whole(comm, x, topk_ids, weights, factors))
+
+        programs.assert_close(*run_two_ways(comm, case, layer))
+
+
+# Larger programs.
 
 
 def test_two_layers_in_flight(native_implementation):

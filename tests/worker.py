@@ -49,15 +49,16 @@ def check_suite(task: Task) -> None:
         Case(num_ranks, num_tokens=19, topk=4, mode=LOW_LATENCY, layout=EXPERT_MAJOR, hidden_size=128, quant=QUANTS[1]),
     ]
     layouts = [EXPERT_MAJOR]
-    if task.implementation == "cuda":  # which alone has code of this mode for the other layouts
+    if task.implementation == "cuda":  # which alone has code of this mode for the other layouts, and of halves
         cases.append(Case(num_ranks, num_tokens=11, mode=LOW_LATENCY, layout=RANK_MAJOR))
+        cases += [dataclasses.replace(case, max_requests=1) for case in (cases[0], cases[3])]
         layouts.append(FLAT)
     for case in cases:
         suite.check_case(task.implementation, case, mesh)
     for layout in layouts:
         case = Case(num_ranks, mode=LOW_LATENCY, layout=layout, hidden_size=128, dtype="bfloat16")
         suite.check_quantised(task.implementation, case, mesh)
-    programs.check_scan(task.implementation, mesh, cases[0])
+    programs.check_scan(task.implementation, mesh, dataclasses.replace(cases[0], max_requests=1))
     programs.check_many_branches(task.implementation, mesh, num_branches=8, times=3)
     if num_ranks == 4:
         for ep_first in (False, True):

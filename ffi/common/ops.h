@@ -44,6 +44,7 @@ struct DispatchParams {
   float* row_scalars;  // [C, weights_per_row], or null: the weights, or with y the dot products
   bool fill;           // with kExpertMajor: zero the slots that hold no token, too
   QuantParams quant;   // never with y
+  const int32_t* ticket = nullptr;  // [2] of the request that this op receives, or null
 
   // Whether x is still to be quantised.
   JAX_EP_HOST_DEVICE bool quantises() const { return quant.block != 0 && quant.scales == nullptr; }
@@ -69,12 +70,28 @@ struct FreshDispatchParams {
 // Sums the expert rows of every token back at its source.
 struct CombineParams {
   int64_t num_tokens;
-  const void* y;             // [C, H]
-  const float* row_weights;  // [C], or null for an unweighted sum
-  const float* row_scalars;  // [C, weights_per_row] returned to their (token, k), or null
-  RouteTables tables;        // read
-  void* out;                 // [T, H] written
-  float* token_scalars;      // [T, K] written with row_scalars
+  const void* y;                    // [C, H]
+  const float* row_weights;         // [C], or null for an unweighted sum
+  const float* row_scalars;         // [C, weights_per_row] returned to their (token, k), or null
+  RouteTables tables;               // read
+  void* out;                        // [T, H] written
+  float* token_scalars;             // [T, K] written with row_scalars
+  const int32_t* ticket = nullptr;  // [2] of the request that this op receives, or null
+};
+
+// The sending half of a dispatch: fresh with `topk_ids`, else along the tables of another. Its only
+// result is the ticket, by which the receiving half finds what was sent: whatever else `dispatch`
+// says is written is null, and so are the tables with `topk_ids`.
+struct DispatchStartParams {
+  const int32_t* topk_ids;  // [T, K], or null
+  DispatchParams dispatch;
+  int32_t* ticket;  // [2] written
+};
+
+// The sending half of a combine, likewise: `out` and `token_scalars` are null.
+struct CombineStartParams {
+  CombineParams combine;
+  int32_t* ticket;  // [2] written
 };
 
 }  // namespace jax_ep

@@ -36,6 +36,7 @@ struct CommunicatorSpec {
   // For the CUDA backend; 0 lets it choose.
   int32_t num_sms = 0;
   BlockCounts dispatch_blocks, combine_blocks;
+  int32_t max_requests = 0;  // started and not yet waited for, at a time
 };
 
 struct Place {

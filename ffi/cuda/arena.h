@@ -32,7 +32,14 @@ struct ArenaHeader {
   uint32_t route_blocks_done;
   uint32_t send_tasks;  // dealt out in the running exchange
   uint32_t receive_tasks;
+  uint32_t in_flight;     // whether a request that uses this arena is to be received
+  uint32_t num_requests;  // of the first arena: requests started so far
 };
+
+// What a kernel does of its op. The halves of a request are an exchange of their own arena, cut in
+// two: the first sends, the second receives and ends it. So any number of other exchanges may come
+// between them.
+enum class Half : int32_t { kBoth, kSend, kReceive };
 
 // Every exchange has the next epoch. Flags hold the epoch of what they announce and are never
 // reset. Windows alternate between two halves: a rank enters epoch n + 2 only after every peer
@@ -89,18 +96,24 @@ struct ArenaLayout {
   }
 };
 
-// One rank's view of all arenas of its group.
+// One rank's view of all arenas of its group, for one kernel. Behind the first, which whole ops
+// use, every rank has as many more as requests may be in flight; see request.cuh.
 struct Arena {
   ArenaLayout layout;
-  std::byte* const* bases;  // [R] in device memory, as this GPU maps them
+  std::byte* const* bases;  // [1 + max_requests, R] in device memory, as this GPU maps them
   std::byte* own;           // bases[rank]
   ErrorRecord* error;       // host memory: the first thing that went wrong
   uint64_t timeout_ns;
   int32_t rank;
+  int32_t max_requests = 0;
+  Half half = Half::kBoth;
+  int32_t* ticket = nullptr;  // [2] written by kSend, read by kReceive
 
 #ifdef __CUDACC__
-  __device__ ArenaHeader* Header() const {
-    return reinterpret_cast<ArenaHeader*>(own + layout.header);
+  __device__ bool sends() const { return half != Half::kReceive; }
+  __device__ bool receives() const { return half != Half::kSend; }
+  __device__ ArenaHeader* Header(int arenas_behind = 0) const {
+    return reinterpret_cast<ArenaHeader*>(own + arenas_behind * layout.bytes + layout.header);
   }
   // Below, `owner` is whose memory it is and `source` who writes it.
   __device__ uint32_t* Ready(int owner, int source) const {

@@ -2,6 +2,7 @@
 // and the round trip of a flag. Both are exchanges like any op, so that they may stand beside them.
 #include "cuda/launch.h"
 #include "cuda/ops.h"
+#include "cuda/request.cuh"
 #include "cuda/rows.cuh"
 #include "cuda/sync.cuh"
 
@@ -12,6 +13,7 @@ constexpr int kStoreBlocks = 64, kStoreThreads = 1024;
 
 __global__ void __launch_bounds__(kStoreThreads)
     StoresKernel(MoEShape shape, Arena arena, StoresParams p) {
+  const Request whole(arena);
   const uint32_t epoch = EnterEpoch(arena);
   const int peers = shape.num_ranks - 1, lane = threadIdx.x % 32, vectors = NumVectors(shape);
   const int64_t warps = int64_t{gridDim.x} * (kStoreThreads / 32);
@@ -32,12 +34,13 @@ __global__ void __launch_bounds__(kStoreThreads)
         if (first + 32 * u < vectors) ptx::st_no_allocate(to + first + 32 * u, v[u]);
     }
   }
-  LeaveEpoch(arena, epoch, Phase::kDispatch);
+  LeaveEpoch(arena, whole, epoch, Phase::kDispatch);
   if (blockIdx.x == 0 && threadIdx.x == 0) *p.done = 0;
 }
 
 // Ranks 2i and 2i + 1 play ping-pong; an odd one at the end has nobody.
 __global__ void FlagsKernel(MoEShape shape, Arena arena, FlagsParams p) {
+  const Request whole(arena);
   const uint32_t epoch = EnterEpoch(arena);
   const int partner = arena.rank ^ 1;
   if (threadIdx.x == 0 && partner < shape.num_ranks) {
@@ -52,7 +55,7 @@ __global__ void FlagsKernel(MoEShape shape, Arena arena, FlagsParams p) {
     // The partner writes to this one again in epoch + 2, once it has seen us enter epoch + 1.
     *own = 0;
   }
-  LeaveEpoch(arena, epoch, Phase::kDispatch);
+  LeaveEpoch(arena, whole, epoch, Phase::kDispatch);
   if (threadIdx.x == 0) *p.done = 0;
 }
 

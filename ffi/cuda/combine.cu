@@ -6,6 +6,7 @@
 #include "cuda/combine.cuh"
 #include "cuda/launch.h"
 #include "cuda/ops.h"
+#include "cuda/request.cuh"
 #include "cuda/rows.cuh"
 #include "cuda/sync.cuh"
 #include "cuda/terms.cuh"
@@ -210,14 +211,16 @@ __global__ void __launch_bounds__(kThreads, 1)
   const WarpMemory memory(ptx::dynamic_shared());
   PieceRing ring(memory);
   TermList& list = TeamMemory{memory, team.warp}.list();
+  const Request request(arena);
   const uint32_t epoch = EnterEpoch(arena);
   if (p.tables.status[kCode] != 0) {
-    FillNaN(shape, p);
+    if (arena.receives()) FillNaN(shape, p);
   } else {
-    if (static_cast<int>(blockIdx.x) < senders) Send<T>(shape, arena, team, p, epoch, list, ring);
-    Receive<T>(shape, arena, team, p, epoch, list, ring);
+    if (static_cast<int>(blockIdx.x) < senders && arena.sends() && !request.is_refused)
+      Send<T>(shape, arena, team, p, epoch, list, ring);
+    if (arena.receives()) Receive<T>(shape, arena, team, p, epoch, list, ring);
   }
-  LeaveEpoch(arena, epoch, Phase::kCombine);
+  LeaveEpoch(arena, request, epoch, Phase::kCombine);
 }
 
 }  // namespace
@@ -226,8 +229,8 @@ cudaError_t LaunchCombine(const MoEShape& shape, const Arena& arena, const Combi
                           Blocks blocks, cudaStream_t stream) {
   return VisitDType(shape.dtype, [&](auto* t) {
     return Launch(CombineKernel<std::remove_pointer_t<decltype(t)>>,
-                  {blocks.total, kThreads, WarpMemory::SharedBytes(kWarps)}, stream, shape, arena,
-                  params, blocks.senders);
+                  {blocks.of(arena.half), kThreads, WarpMemory::SharedBytes(kWarps)}, stream, shape,
+                  arena, params, blocks.senders);
   });
 }
 

@@ -11,7 +11,7 @@ namespace {
 // With two ranks a row that is loaded is stored once, with more ranks several times. What quantises
 // has more to do than to wait for copies.
 Senders DispatchSenders(int num_ranks, bool quantises) {
-  if (quantises) return {64, 0.5};
+  if (quantises) return {32, 0.5};
   return {num_ranks == 2 ? 24 : 12, 0.35};
 }
 Senders CombineSenders(int num_ranks) { return {num_ranks == 2 ? 28 : 56, 0.63}; }
@@ -93,20 +93,19 @@ std::string Communicator::PrepareDevice(int32_t ordinal, Device& device) {
       return Failed("loading kernels on GPU " + std::to_string(ordinal) + " for " +
                         std::to_string(spec_.shape.num_experts) + " experts",
                     error);
-  if (error = cudaMalloc(&device.arena, layout_.bytes); error != cudaSuccess)
-    return OutOfMemory(layout_.bytes, ordinal, error);
-  if (error = cudaMalloc(&device.bases, spec_.shape.num_ranks * sizeof(std::byte*));
+  if (error = cudaMalloc(&device.arena, arena_bytes()); error != cudaSuccess)
+    return OutOfMemory(arena_bytes(), ordinal, error);
+  device.host_bases.assign(num_arenas() * spec_.shape.num_ranks, nullptr);
+  if (error = cudaMalloc(&device.bases, device.host_bases.size() * sizeof(std::byte*));
       error != cudaSuccess)
-    return OutOfMemory(layout_.bytes, ordinal, error);
+    return OutOfMemory(arena_bytes(), ordinal, error);
   if (error = cudaHostAlloc(&device.error, sizeof(ErrorRecord),
                             cudaHostAllocPortable | cudaHostAllocMapped);
       error != cudaSuccess)
     return Failed("allocating host memory", error);
   *device.error = ErrorRecord{};
-  device.host_bases.assign(spec_.shape.num_ranks, nullptr);
-  // Flags, header and ids, which may hold their epoch, start at 0; other windows are written before
-  // they are read.
-  if (error = cudaMemset(device.arena, 0, layout_.scalars); error == cudaSuccess)
+  // Flags, headers and ids, which may hold their epoch, start at 0.
+  if (error = cudaMemset(device.arena, 0, arena_bytes()); error == cudaSuccess)
     error = cudaDeviceSynchronize();
   return Failed("clearing the arena of GPU " + std::to_string(ordinal), error);
 }
@@ -117,7 +116,7 @@ std::string Communicator::ConnectLocal(int32_t ordinal, Device& device) {
   for (int rank = 0; rank < static_cast<int>(group.size()); ++rank) {
     if (group[rank].process != spec_.process) continue;
     const int32_t peer = group[rank].ordinal;
-    device.host_bases[rank] = devices_.at(peer).arena;
+    SetBase(device, rank, devices_.at(peer).arena);
     if (peer == ordinal) continue;
     const std::string ranks = "ranks " + std::to_string(device.place.rank) + " and " +
                               std::to_string(rank) + " (GPUs " + std::to_string(ordinal) + " and " +
@@ -131,6 +130,11 @@ std::string Communicator::ConnectLocal(int32_t ordinal, Device& device) {
     if (error != cudaSuccess) return Failed("nothing connects " + ranks, error);
   }
   return "";
+}
+
+void Communicator::SetBase(Device& device, int rank, std::byte* base) const {
+  for (int64_t arena = 0; arena < num_arenas(); ++arena)
+    device.host_bases.at(arena * spec_.shape.num_ranks + rank) = base + arena * layout_.bytes;
 }
 
 std::string Communicator::UploadBases(int32_t ordinal, const Device& device) {
@@ -166,7 +170,7 @@ std::string Communicator::Connect(const std::vector<PeerHandle>& handles) {
                           std::to_string(handle.place.rank),
                       error);
       device.opened.push_back(static_cast<std::byte*>(base));
-      device.host_bases.at(handle.place.rank) = device.opened.back();
+      SetBase(device, handle.place.rank, device.opened.back());
     }
     if (const std::string error = UploadBases(ordinal, device); !error.empty()) return error;
   }
@@ -184,12 +188,30 @@ void Communicator::Disconnect() {
 }
 
 Arena Communicator::ArenaOf(const Device& device) const {
-  return {layout_,
-          device.bases,
-          device.arena,
-          device.error,
-          static_cast<uint64_t>(std::min(spec_.timeout_s, kMaxTimeoutSeconds) * 1e9),
-          device.place.rank};
+  Arena arena;
+  arena.layout = layout_;
+  arena.bases = device.bases;
+  arena.own = device.arena;
+  arena.error = device.error;
+  arena.timeout_ns = static_cast<uint64_t>(std::min(spec_.timeout_s, kMaxTimeoutSeconds) * 1e9);
+  arena.rank = device.place.rank;
+  arena.max_requests = spec_.max_requests;
+  return arena;
+}
+
+Arena Communicator::ArenaOf(const Device& device, const int32_t* ticket) const {
+  Arena arena = ArenaOf(device);
+  if (ticket == nullptr) return arena;
+  arena.half = Half::kReceive;
+  arena.ticket = const_cast<int32_t*>(ticket);  // only read by this half
+  return arena;
+}
+
+Arena Communicator::ArenaOfStart(const Device& device, int32_t* ticket) const {
+  Arena arena = ArenaOf(device);
+  arena.half = Half::kSend;
+  arena.ticket = ticket;
+  return arena;
 }
 
 int Communicator::SmsOf(const Device& device) const {
@@ -208,47 +230,77 @@ std::string Communicator::Dispatch(int32_t ordinal, const FreshDispatchParams& p
                                    cudaStream_t stream) {
   ScopedDevice scope(ordinal);
   const Device& device = devices_.at(ordinal);
-  const Arena arena = ArenaOf(device);
-  const MoEShape& shape = spec_.shape;
-  if (shape.low_latency)
-    return Failed("dispatch", LaunchLatencyDispatch(shape, arena, &params.route, params.dispatch,
-                                                    SmsOf(device), stream));
-  cudaError_t error = LaunchExchange(shape, arena, params.route, stream);
-  if (error == cudaSuccess) error = LaunchPlacement(shape, arena, params.route, stream);
-  if (error == cudaSuccess)
-    error = LaunchDispatch(
-        shape, arena, params.dispatch, params.route.topk_ids,
-        BlocksOf(device, spec_.dispatch_blocks,
-                 DispatchSenders(spec_.shape.num_ranks, params.dispatch.quantises())),
-        stream);
-  return Failed("dispatch", error);
+  const Arena arena = ArenaOf(device, params.dispatch.ticket);
+  if (spec_.shape.low_latency)
+    return Failed("dispatch", LaunchLatencyDispatch(spec_.shape, arena, &params.route,
+                                                    params.dispatch, SmsOf(device), stream));
+  cudaError_t error = LaunchExchange(spec_.shape, arena, params.route, stream);
+  if (error == cudaSuccess) error = LaunchPlacement(spec_.shape, arena, params.route, stream);
+  if (error != cudaSuccess) return Failed("routing", error);
+  return Dispatch(device, arena, params.route.topk_ids, params.dispatch, stream);
 }
 
 std::string Communicator::DispatchCached(int32_t ordinal, const DispatchParams& params,
                                          cudaStream_t stream) {
   ScopedDevice scope(ordinal);
   const Device& device = devices_.at(ordinal);
+  const Arena arena = ArenaOf(device, params.ticket);
   if (spec_.shape.low_latency && params.y == nullptr)
-    return Failed("cached dispatch", LaunchLatencyDispatch(spec_.shape, ArenaOf(device), nullptr,
-                                                           params, SmsOf(device), stream));
-  return Failed("cached dispatch",
-                LaunchDispatch(spec_.shape, ArenaOf(device), params, nullptr,
-                               BlocksOf(device, spec_.dispatch_blocks,
-                                        DispatchSenders(spec_.shape.num_ranks, params.quantises())),
-                               stream));
+    return Failed("cached dispatch", LaunchLatencyDispatch(spec_.shape, arena, nullptr, params,
+                                                           SmsOf(device), stream));
+  return Dispatch(device, arena, nullptr, params, stream);
+}
+
+std::string Communicator::DispatchStart(int32_t ordinal, const DispatchStartParams& params,
+                                        cudaStream_t stream) {
+  ScopedDevice scope(ordinal);
+  const Device& device = devices_.at(ordinal);
+  const Arena arena = ArenaOfStart(device, params.ticket);
+  RouteParams route{};
+  route.num_tokens = params.dispatch.num_tokens;
+  route.topk_ids = params.topk_ids;
+  const bool is_fresh = params.topk_ids != nullptr;
+  if (spec_.shape.low_latency)
+    return Failed("dispatch start",
+                  LaunchLatencyDispatch(spec_.shape, arena, is_fresh ? &route : nullptr,
+                                        params.dispatch, SmsOf(device), stream));
+  if (is_fresh) {
+    const cudaError_t error = LaunchExchange(spec_.shape, arena, route, stream);
+    if (error != cudaSuccess) return Failed("routing", error);
+  }
+  return Dispatch(device, arena, params.topk_ids, params.dispatch, stream);
+}
+
+std::string Communicator::Dispatch(const Device& device, const Arena& arena,
+                                   const int32_t* topk_ids, const DispatchParams& params,
+                                   cudaStream_t stream) const {
+  const Blocks blocks = BlocksOf(device, spec_.dispatch_blocks,
+                                 DispatchSenders(spec_.shape.num_ranks, params.quantises()));
+  return Failed("dispatch", LaunchDispatch(spec_.shape, arena, params, topk_ids, blocks, stream));
 }
 
 std::string Communicator::Combine(int32_t ordinal, const CombineParams& params,
                                   cudaStream_t stream) {
   ScopedDevice scope(ordinal);
   const Device& device = devices_.at(ordinal);
+  return Combine(device, ArenaOf(device, params.ticket), params, stream);
+}
+
+std::string Communicator::CombineStart(int32_t ordinal, const CombineStartParams& params,
+                                       cudaStream_t stream) {
+  ScopedDevice scope(ordinal);
+  const Device& device = devices_.at(ordinal);
+  return Combine(device, ArenaOfStart(device, params.ticket), params.combine, stream);
+}
+
+std::string Communicator::Combine(const Device& device, const Arena& arena,
+                                  const CombineParams& params, cudaStream_t stream) const {
   if (spec_.shape.low_latency && params.row_scalars == nullptr)
-    return Failed("combine", LaunchLatencyCombine(spec_.shape, ArenaOf(device), params,
-                                                  SmsOf(device), stream));
-  return Failed("combine", LaunchCombine(spec_.shape, ArenaOf(device), params,
-                                         BlocksOf(device, spec_.combine_blocks,
-                                                  CombineSenders(spec_.shape.num_ranks)),
-                                         stream));
+    return Failed("combine",
+                  LaunchLatencyCombine(spec_.shape, arena, params, SmsOf(device), stream));
+  const Blocks blocks =
+      BlocksOf(device, spec_.combine_blocks, CombineSenders(spec_.shape.num_ranks));
+  return Failed("combine", LaunchCombine(spec_.shape, arena, params, blocks, stream));
 }
 
 std::string Communicator::Stores(int32_t ordinal, const StoresParams& params, cudaStream_t stream) {

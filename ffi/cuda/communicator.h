@@ -44,20 +44,24 @@ class Communicator {
   std::string Dispatch(int32_t ordinal, const FreshDispatchParams& params, cudaStream_t stream);
   std::string DispatchCached(int32_t ordinal, const DispatchParams& params, cudaStream_t stream);
   std::string Combine(int32_t ordinal, const CombineParams& params, cudaStream_t stream);
+  std::string DispatchStart(int32_t ordinal, const DispatchStartParams& params,
+                            cudaStream_t stream);
+  std::string CombineStart(int32_t ordinal, const CombineStartParams& params, cudaStream_t stream);
   // Ceilings, for the benchmark; with two ranks or more.
   std::string Stores(int32_t ordinal, const StoresParams& params, cudaStream_t stream);
   std::string Flags(int32_t ordinal, const FlagsParams& params, cudaStream_t stream);
 
   // Returns the first error since the last call, and forgets it unless a peer was lost.
   ErrorRecord TakeError();
-  int64_t arena_bytes() const { return layout_.bytes; }
+  // Of all arenas of a GPU.
+  int64_t arena_bytes() const { return num_arenas() * layout_.bytes; }
   const CommunicatorSpec& spec() const { return spec_; }
 
  private:
   struct Device {
     Place place;
     std::byte* arena = nullptr;
-    std::byte** bases = nullptr;         // device memory, [R]
+    std::byte** bases = nullptr;         // device memory, [num_arenas, R]
     std::vector<std::byte*> host_bases;  // what `bases` holds
     std::vector<std::byte*> opened;      // to be closed
     ErrorRecord* error = nullptr;        // host memory
@@ -67,7 +71,18 @@ class Communicator {
   std::string PrepareDevice(int32_t ordinal, Device& device);
   std::string ConnectLocal(int32_t ordinal, Device& device);
   std::string UploadBases(int32_t ordinal, const Device& device);
+  // One for whole ops, and one for each request in flight.
+  int64_t num_arenas() const { return 1 + spec_.max_requests; }
+  void SetBase(Device& device, int rank, std::byte* base) const;
   Arena ArenaOf(const Device& device) const;
+  // For the receiving half of a request, if there is a ticket, or for a whole op.
+  Arena ArenaOf(const Device& device, const int32_t* ticket) const;
+  // For the sending half of one.
+  Arena ArenaOfStart(const Device& device, int32_t* ticket) const;
+  std::string Dispatch(const Device& device, const Arena& arena, const int32_t* topk_ids,
+                       const DispatchParams& params, cudaStream_t stream) const;
+  std::string Combine(const Device& device, const Arena& arena, const CombineParams& params,
+                      cudaStream_t stream) const;
   int SmsOf(const Device& device) const;
   // What was chosen, or as many blocks as there are SMs.
   Blocks BlocksOf(const Device& device, const BlockCounts& chosen, const Senders& senders) const;

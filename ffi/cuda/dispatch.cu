@@ -7,6 +7,7 @@
 // wait for that is running or done. They help to receive once all is sent.
 #include "cuda/dispatch.cuh"
 #include "cuda/ops.h"
+#include "cuda/request.cuh"
 #include "cuda/route.cuh"
 #include "cuda/rows.cuh"
 #include "cuda/terms.cuh"
@@ -279,13 +280,16 @@ __global__ void __launch_bounds__(kThreads, 1)
   const Team team;
   const WarpMemory memory(ptx::dynamic_shared());
   RowBuffer buffer(memory);
+  const Request request(arena);
   const uint32_t epoch = EnterEpoch(arena);
   const int block = static_cast<int>(blockIdx.x) - senders,
             blocks = static_cast<int>(gridDim.x) - senders;
-  if (block < 0) Send<typename Receiver::Quantised>(shape, arena, team, p, topk_ids, epoch, buffer);
+  if (block < 0 && arena.sends() && !request.is_refused)
+    Send<typename Receiver::Quantised>(shape, arena, team, p, topk_ids, epoch, buffer);
   // From here on the tables are read, which a fresh dispatch gets from the kernel before.
   if (topk_ids != nullptr) ptx::griddepcontrol_wait();
-  if (p.tables.status[kCode] != 0) {
+  if (!arena.receives()) {
+  } else if (p.tables.status[kCode] != 0) {
     FillNaN(shape, p, buffer);
   } else {
     if (block >= 0) FillPadding(shape, p, block, blocks, buffer);
@@ -293,7 +297,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     Receive(shape, arena, team, p, epoch, receiver);
   }
   buffer.WaitForStores();
-  LeaveEpoch(arena, epoch, Phase::kDispatch);
+  LeaveEpoch(arena, request, epoch, Phase::kDispatch);
 }
 
 // Calls `visit` with the kernel for what is asked for.
@@ -310,7 +314,7 @@ cudaError_t VisitKernel(const MoEShape& shape, bool scales, bool quantises, cons
 
 cudaError_t LaunchDispatch(const MoEShape& shape, const Arena& arena, const DispatchParams& params,
                            const int32_t* topk_ids, Blocks blocks, cudaStream_t stream) {
-  const Grid grid{blocks.total, kThreads, WarpMemory::SharedBytes(kWarps)};
+  const Grid grid{blocks.of(arena.half), kThreads, WarpMemory::SharedBytes(kWarps)};
   return VisitKernel(shape, params.y != nullptr, params.quantises(), [&](auto* kernel) {
     return topk_ids != nullptr
                ? LaunchOverlapping(kernel, grid, stream, shape, arena, params, topk_ids,

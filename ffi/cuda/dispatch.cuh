@@ -115,19 +115,17 @@ __device__ __forceinline__ void QuantiseInto(const MoEShape& shape, const Dispat
                                              const void* x, int warp, int warps, unsigned lanes,
                                              T value, const RowOf& row_of) {
   if constexpr (!std::is_void_v<X>) {
-    T values[kMaxTopk];
-    int count = 0;
-    ForEachLane(lanes, value, [&](T of_lane) { values[count++] = of_lane; });
-    QuantiseRow(
-        p.quant, static_cast<const X*>(x), shape.hidden_size, warp, warps,
-        [&](int first, auto bytes) {
-          for (int i = 0; i < count; ++i)
-            *reinterpret_cast<decltype(bytes)*>(row_of(values[i]).elements + first) = bytes;
-        },
-        [&](int number, uint32_t bits) {
-          for (int i = 0; i < count; ++i)
-            StoreScale(p.quant, row_of(values[i]).scales, number, bits);
-        });
+    for (unsigned rest = lanes; rest != 0;) {
+      QuantRows to;
+#pragma unroll
+      for (int i = 0; i < kMaxQuantRows; ++i) {
+        if (rest == 0) break;
+        to.rows[i] = row_of(__shfl_sync(kAllLanes, value, __ffs(rest) - 1));
+        to.count = i + 1;
+        rest &= rest - 1;
+      }
+      QuantiseRow(p.quant, static_cast<const X*>(x), shape.hidden_size, warp, warps, to);
+    }
   }
 }
 

@@ -2,6 +2,7 @@
 // histogram per part of the tokens. No counts travel, so there is one exchange, and the same inputs
 // give every rank the same totals. The last block adds the histograms up over the parts.
 #include "cuda/ops.h"
+#include "cuda/request.cuh"
 #include "cuda/route.cuh"
 
 namespace jax_ep::cuda {
@@ -20,12 +21,12 @@ __device__ void SendIds(const Arena& arena, const Team& team, const Part& part, 
     if (peer != arena.rank) ptx::st_release_sys(arena.IdsFlag(peer, arena.rank, part.index), epoch);
 }
 
-// Sends or awaits the part's ids; null if they did not come.
+// Sends or awaits the part's ids, as far as the op does; null if there are none to count.
 __device__ const int32_t* ExchangeIds(const MoEShape& shape, const Arena& arena, const Team& team,
                                       const Part& part, const RouteParams& params, uint32_t epoch) {
   if (part.source == arena.rank) {
-    SendIds(arena, team, part, epoch, shape.topk, params.topk_ids);
-    return params.topk_ids;
+    if (arena.sends()) SendIds(arena, team, part, epoch, shape.topk, params.topk_ids);
+    return arena.receives() ? params.topk_ids : nullptr;
   }
   bool arrived = true;
   if (team.thread == 0)
@@ -71,16 +72,20 @@ __device__ void ScanHistograms(const Arena& arena, int rows) {
 __global__ void __launch_bounds__(kMaxTeams* kTeamThreads)
     ExchangeKernel(MoEShape shape, Arena arena, RouteParams params) {
   ptx::griddepcontrol_launch_dependents();
+  const Request request(arena);
+  if (request.is_refused) return;
   auto* counts_of_teams = reinterpret_cast<int32_t*>(ptx::dynamic_shared());
   const Team team;
   const int size = arena.layout.histogram_size, teams = blockDim.x / kTeamThreads;
   int32_t* counts = counts_of_teams + team.index * size;
   const uint32_t epoch = EnterEpoch(arena);
-  const int parts = shape.num_ranks * PartsPerSource(params.num_tokens);
+  // This rank's own come first.
+  const int parts = (arena.receives() ? shape.num_ranks : 1) * PartsPerSource(params.num_tokens);
   for (int number = blockIdx.x * teams + team.index; number < parts; number += gridDim.x * teams) {
     const Part part(arena, params.num_tokens, number);
     for (int i = team.thread; i < size; i += kTeamThreads) counts[i] = 0;
     const int32_t* ids = ExchangeIds(shape, arena, team, part, params, epoch);
+    if (!arena.receives()) continue;
     team.Sync();
     const int64_t token = part.begin + team.thread;
     if (ids != nullptr && token < part.end) CountToken(shape, ids + token * shape.topk, counts);
@@ -89,6 +94,7 @@ __global__ void __launch_bounds__(kMaxTeams* kTeamThreads)
     for (int i = team.thread; i < size; i += kTeamThreads) histogram[i] = counts[i];
     team.Sync();
   }
+  if (!arena.receives()) return;
   // The second kernel adds to it.
   if (blockIdx.x == 0)
     for (int e = threadIdx.x; e < shape.local_experts(); e += blockDim.x)

@@ -1,6 +1,6 @@
 // Combine in the low-latency mode: teams sum and send one (token, rank) each, with a flag of its
-// own; then blocks add up one token each when its ranks' sums have arrived. The sums and their order
-// are those of combine.cu.
+// own; then blocks add up one token each when its ranks' sums have arrived. The sums and their
+// order are those of combine.cu.
 #include "cuda/combine.cuh"
 #include "cuda/latency.cuh"
 #include "cuda/launch.h"
@@ -110,27 +110,29 @@ template <typename T, typename Team>
 __global__ void __launch_bounds__(kLatencyThreads, 1)
     LatencyCombineKernel(MoEShape shape, Arena arena, CombineParams p) {
   constexpr int kTeams = kLatencyThreads / Team::kThreads;
+  const Request request(arena);
   const uint32_t epoch = LatencyEpoch(arena);
-  if (IsLastInGrid() && threadIdx.x / 32 == kLatencyWarps - 1) TellEntered(arena, epoch);
+  if (IsLastInGrid() && threadIdx.x / 32 == kLatencyWarps - 1) TellEntered(arena, request, epoch);
   const int blocks = gridDim.x, peers = shape.num_ranks - 1;
   const int64_t to_send = p.num_tokens * peers;
   // The first to receive has the fewest to send.
   const int64_t first = (blockIdx.x + blocks - to_send % blocks) % blocks;
   if (p.tables.status[kCode] != 0) {
-    for (int64_t token = blockIdx.x * kLatencyWarps + threadIdx.x / 32; token < p.num_tokens;
-         token += int64_t{blocks} * kLatencyWarps)
+    for (int64_t token = blockIdx.x * kLatencyWarps + threadIdx.x / 32;
+         arena.receives() && token < p.num_tokens; token += int64_t{blocks} * kLatencyWarps)
       FillRow(static_cast<int4*>(p.out) + token * NumVectors(shape), NumVectors(shape),
               NaNs(shape.dtype));
   } else {
     const Team team;
-    for (int64_t task = int64_t{team.index} * blocks + blockIdx.x; task < to_send;
+    const bool sends = arena.sends() && !request.is_refused;
+    for (int64_t task = int64_t{team.index} * blocks + blockIdx.x; sends && task < to_send;
          task += int64_t{blocks} * kTeams)
       SendSum<T>(shape, arena, team, p, epoch,
                  static_cast<int>((arena.rank + 1 + task % peers) % shape.num_ranks), task / peers);
-    for (int64_t token = first; token < p.num_tokens; token += blocks)
+    for (int64_t token = first; arena.receives() && token < p.num_tokens; token += blocks)
       ReceiveSums<T>(shape, arena, p, epoch, token);
   }
-  LeaveLatencyEpoch(arena, epoch, true, Phase::kCombine);
+  LeaveLatencyEpoch(arena, request, epoch, true, Phase::kCombine);
 }
 
 }  // namespace

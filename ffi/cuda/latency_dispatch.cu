@@ -1,9 +1,9 @@
 // Dispatch in the low-latency mode: one kernel routes, sends, receives and expands.
 //
-// Sending blocks send each token with a flag of its own, and are done. Ids travel in words that also
-// hold the epoch, so that they need no flag. Every receiving block counts all ids by itself, which
-// takes less time than to wait for a block that does it for all; finds the rows of a few (source,
-// token)s; and copies those when they have arrived. The last block writes the tables.
+// Sending blocks send each token with a flag of its own, and are done. Ids travel in words that
+// also hold the epoch, so that they need no flag. Every receiving block counts all ids by itself,
+// which takes less time than to wait for a block that does it for all; finds the rows of a few
+// (source, token)s; and copies those when they have arrived. The last block writes the tables.
 #include <algorithm>
 #include <type_traits>
 
@@ -19,24 +19,27 @@ namespace {
 // Vectors of a row that a thread holds at a time: a squad holds a row of 7168 16-bit elements.
 constexpr int kHeld = 7;
 
-// This thread's vectors of a row, from vector `begin` on. Of a window they may have come from a peer.
-__device__ __forceinline__ void Load(const Squad& squad, const int4* row, int begin, int vectors,
+// This thread's vectors of a row, from vector `begin` on. Of a window they may have come from a
+// peer.
+template <typename Team>
+__device__ __forceinline__ void Load(const Team& team, const int4* row, int begin, int vectors,
                                      int4 (&v)[kHeld]) {
 #pragma unroll
   for (int u = 0; u < kHeld; ++u)
-    if (const int at = begin + u * Squad::kThreads + squad.thread; at < vectors)
+    if (const int at = begin + u * Team::kThreads + team.thread; at < vectors)
       v[u] = ptx::ld_no_allocate(row + at);
 }
-__device__ __forceinline__ void Store(const Squad& squad, int4* row, int begin, int vectors,
+template <typename Team>
+__device__ __forceinline__ void Store(const Team& team, int4* row, int begin, int vectors,
                                       const int4 (&v)[kHeld]) {
 #pragma unroll
   for (int u = 0; u < kHeld; ++u)
-    if (const int at = begin + u * Squad::kThreads + squad.thread; at < vectors)
+    if (const int at = begin + u * Team::kThreads + team.thread; at < vectors)
       ptx::st_no_allocate(row + at, v[u]);
 }
 
-// A squad sends one token to all ranks it goes to, and tells them. X is the type of elements that are
-// quantised on the way, or void.
+// A squad sends one token to all ranks it goes to, and tells them. X is the type of elements that
+// are quantised on the way, or void.
 template <typename X>
 __device__ void SendToken(const MoEShape& shape, const Arena& arena, const Squad& squad,
                           const DispatchParams& p, const int32_t* topk_ids, uint32_t epoch,
@@ -76,31 +79,41 @@ __device__ void SendToken(const MoEShape& shape, const Arena& arena, const Squad
     ptx::st_release_sys(arena.TokenFlag(rank, arena.rank, token), epoch);
 }
 
-// Gives one token to its rows; lane k of every warp of the squad holds the k-th.
+// All that a sending block does. With `topk_ids` of a fresh dispatch, else by its tables.
 template <typename X>
-__device__ void ExpandToken(const MoEShape& shape, const Squad& squad, const DispatchParams& p,
+__device__ void SendAll(const MoEShape& shape, const Arena& arena, const DispatchParams& p,
+                        const int32_t* topk_ids, uint32_t epoch, int senders) {
+  if (topk_ids != nullptr) SendIds(shape, arena, topk_ids, p.num_tokens, epoch, senders);
+  const Squad squad;
+  for (int64_t token = squad.index * senders + blockIdx.x; token < p.num_tokens;
+       token += senders * kSquads)
+    SendToken<X>(shape, arena, squad, p, topk_ids, epoch, token);
+}
+
+// Gives one token to its rows; lane k of every warp of the team holds the k-th.
+template <typename X, typename Team>
+__device__ void ExpandToken(const MoEShape& shape, const Team& team, const DispatchParams& p,
                             const TokenSource& from, int32_t row) {
   const float weight = WeightOfLane(shape, p, from);
   const unsigned lanes = __ballot_sync(kAllLanes, row >= 0);
   if (!std::is_void_v<X> && from.is_own) {
-    QuantiseInto<X>(shape, p, from.row, squad.warp, Squad::kWarps, lanes, row,
+    QuantiseInto<X>(shape, p, from.row, team.warp, Team::kWarps, lanes, row,
                     [&](int32_t to) { return InOutput(shape, p, to); });
   } else {
     const int vectors = NumRowVectors(shape, p);
-    for (int begin = 0; begin < vectors; begin += kHeld * Squad::kThreads) {
+    for (int begin = 0; begin < vectors; begin += kHeld * Team::kThreads) {
       int4 v[kHeld];
-      Load(squad, from.row, begin, vectors, v);
-      ForEachLane(lanes, row, [&](int64_t to) {
-        Store(squad, OutputRow(shape, p, to), begin, vectors, v);
-      });
+      Load(team, from.row, begin, vectors, v);
+      ForEachLane(lanes, row,
+                  [&](int64_t to) { Store(team, OutputRow(shape, p, to), begin, vectors, v); });
     }
     if (p.quant.block != 0)
       ForEachLane(lanes, row, [&](int64_t to) {
         CopyScales(InOutput(shape, p, to).scales, from.scales, p.scale_row_bytes(shape),
-                   squad.thread, Squad::kThreads);
+                   team.thread, Team::kThreads);
       });
   }
-  if (squad.warp == 0) PlaceWeights(shape, p, weight, row);
+  if (team.warp == 0) PlaceWeights(shape, p, weight, row);
 }
 
 // A row that holds no token, or one that cannot be had, and what belongs to it: a warp.
@@ -143,43 +156,43 @@ __device__ void FillPadding(const MoEShape& shape, const DispatchParams& p,
     receivers.ForEachRow(offset(groups), shape.capacity, fill);
 }
 
-// The (source, token)s of a squad, one after the other: finds the rows of one while it waits for the
+// The (source, token)s of a team, one after the other: finds the rows of one while it waits for the
 // one before. A source's tokens come in the order in which they are sent.
-template <typename X, bool kFresh>
+template <typename X, bool kFresh, typename Team>
 __device__ void Receive(const MoEShape& shape, const Arena& arena, const RouteParams& route,
                         const DispatchParams& p, uint32_t epoch, const Routing& routing,
                         bool is_poisoned, const Receivers& receivers) {
   // A warp may still read those of one item while others find those of the next but one.
-  constexpr int kTurns = 3;
-  __shared__ int32_t rows_of_squads[kSquads][kTurns][kMaxTopk];
-  const Squad squad;
+  constexpr int kTurns = 3, kTeams = kLatencyThreads / Team::kThreads;
+  __shared__ int32_t rows_of_teams[kTeams][kTurns][kMaxTopk];
+  const Team team;
   const int lane = threadIdx.x % 32, per_token = shape.rows_per_token(), ranks = shape.num_ranks,
             tokens = static_cast<int>(p.num_tokens), num_items = ranks * tokens;
-  // Own tokens are spread over the squads as all others are.
+  // Own tokens are spread over the teams as all others are.
   const auto source_of = [&](int item) { return (arena.rank + item) % ranks; };
   const auto find_rows = [&](int item, int turn) {
     const int token = source_of(item) * tokens + item / ranks;
-    for (int k = squad.warp; k < per_token; k += Squad::kWarps) {
+    for (int k = team.warp; k < per_token; k += Team::kWarps) {
       const int32_t row = RowOf(shape, arena.rank, routing, token, k);
       if (lane != 0) continue;
-      rows_of_squads[squad.index][turn][k] = row;
+      rows_of_teams[team.index][turn][k] = row;
       route.tables.recv_rows[token * per_token + k] = row;
     }
   };
-  const int stride = receivers.copying() * kSquads;
-  int item = squad.index * receivers.copying() + receivers.block;
+  const int stride = receivers.copying() * kTeams;
+  int item = team.index * receivers.copying() + receivers.block;
   if (kFresh && item < num_items) find_rows(item, 0);
   for (int turn = 0; item < num_items; item += stride, turn = (turn + 1) % kTurns) {
     const int source = source_of(item);
     const int64_t token = item / ranks;
     if (kFresh && item + stride < num_items) find_rows(item + stride, (turn + 1) % kTurns);
-    if (kFresh) squad.Sync();
+    if (kFresh) team.Sync();
     int32_t row = kNotMine;
     if (lane < per_token)
-      row = kFresh ? rows_of_squads[squad.index][turn][lane]
+      row = kFresh ? rows_of_teams[team.index][turn][lane]
                    : p.tables.recv_rows[(source * p.num_tokens + token) * per_token + lane];
     if (!__any_sync(kAllLanes, row >= 0)) continue;
-    if (kFresh && shape.layout == OutputLayout::kRankMajor && squad.warp == 0) {
+    if (kFresh && shape.layout == OutputLayout::kRankMajor && team.warp == 0) {
       const int first_expert = arena.rank * routing.local_experts;
       const int64_t only_row = __shfl_sync(kAllLanes, row, 0);
       if (lane < shape.topk) {
@@ -191,12 +204,12 @@ __device__ void Receive(const MoEShape& shape, const Arena& arena, const RoutePa
     }
     if (is_poisoned) continue;
     bool arrived = true;
-    if (squad.thread == 0 && source != arena.rank)
+    if (team.thread == 0 && source != arena.rank)
       arrived = WaitClosely(arena, arena.TokenFlag(arena.rank, source, token), epoch, source,
                             Phase::kDispatch);
-    if (squad.SyncAnd(arrived))
-      ExpandToken<X>(shape, squad, p, TokenSource(shape, arena, p, epoch, source, token), row);
-    else if (squad.warp == 0)
+    if (team.SyncAnd(arrived))
+      ExpandToken<X>(shape, team, p, TokenSource(shape, arena, p, epoch, source, token), row);
+    else if (team.warp == 0)
       PoisonRows(shape, p, row);
   }
 }
@@ -224,8 +237,8 @@ template <typename X, bool kFresh>
 __device__ void ReceiveAll(const MoEShape& shape, const Arena& arena, const RouteParams& route,
                            const DispatchParams& p, uint32_t epoch, const Receivers& receivers) {
   const Routing routing(shape, p.num_tokens, ptx::dynamic_shared());
-  const int code = kFresh ? RouteHere(shape, arena, route, epoch, routing, receivers)
-                          : p.tables.status[kCode];
+  const int code =
+      kFresh ? RouteHere(shape, arena, route, epoch, routing, receivers) : p.tables.status[kCode];
   if (code != 0)
     receivers.ForEachRow(0, shape.capacity, [&](int64_t row) { FillOne(shape, p, row, true); });
   else if (kFresh)
@@ -236,29 +249,29 @@ __device__ void ReceiveAll(const MoEShape& shape, const Arena& arena, const Rout
     FillPadding(
         shape, p, receivers, [&](int group) { return int64_t{p.tables.group_offsets[group]}; },
         [&](int group) { return p.tables.group_counts[group]; });
-  if (receivers.block < receivers.copying())
-    Receive<X, kFresh>(shape, arena, route, p, epoch, routing, code != 0, receivers);
+  if (receivers.block >= receivers.copying()) return;
+  // Few vectors in a row: more rows at a time.
+  if (!std::is_void_v<X> || p.quant.block != 0)
+    Receive<X, kFresh, TeamOf<64>>(shape, arena, route, p, epoch, routing, code != 0, receivers);
+  else
+    Receive<X, kFresh, Squad>(shape, arena, route, p, epoch, routing, code != 0, receivers);
 }
 
 template <typename X, bool kFresh>
 __global__ void __launch_bounds__(kLatencyThreads, 1)
     LatencyDispatchKernel(MoEShape shape, Arena arena, RouteParams route, DispatchParams p,
                           int senders) {
+  const Request request(arena);
   const uint32_t epoch = LatencyEpoch(arena);
   const Receivers receivers(senders);
   const int32_t* topk_ids = kFresh ? route.topk_ids : nullptr;
-  if (receivers.block < 0) {
-    if (kFresh) SendIds(shape, arena, topk_ids, p.num_tokens, epoch, senders);
-    const Squad squad;
-    for (int64_t token = squad.index * senders + blockIdx.x; token < p.num_tokens;
-         token += senders * kSquads)
-      SendToken<X>(shape, arena, squad, p, topk_ids, epoch, token);
-  } else {
-    // Whoever sent its ids has entered.
-    if (!kFresh && receivers.is_last() && threadIdx.x < 32) TellEntered(arena, epoch);
+  if (!kFresh && IsLastInGrid() && threadIdx.x < 32) TellEntered(arena, request, epoch);
+  if (receivers.block >= 0 && arena.receives())
     ReceiveAll<X, kFresh>(shape, arena, route, p, epoch, receivers);
-  }
-  LeaveLatencyEpoch(arena, epoch, !kFresh, Phase::kDispatch);
+  else if (receivers.block < 0 && arena.sends() && !request.is_refused)
+    SendAll<X>(shape, arena, p, topk_ids, epoch, senders);
+  // Whoever sent its ids has entered.
+  LeaveLatencyEpoch(arena, request, epoch, !kFresh, Phase::kDispatch);
 }
 
 // Calls `visit` with the kernel for these parameters.
@@ -272,34 +285,28 @@ cudaError_t VisitKernel(const MoEShape& shape, bool quantises, const F& visit) {
 
 // Blocks that send: enough to fill the link, and no more. If all tokens were under way at once, all
 // would arrive at the end, and nothing could be expanded meanwhile.
-constexpr int kSenders = 16, kQuantisers = 32;
+constexpr int kSenders = 16, kQuantisers = 40;
 
-// Sending and receiving blocks, both at least one where there is a peer.
-struct LatencyGrid {
-  int senders = 0, total;
-
-  LatencyGrid(const MoEShape& shape, const DispatchParams& p, int sms) {
-    const bool fills = shape.layout != OutputLayout::kExpertMajor || p.fill;
-    if (shape.num_ranks > 1) {
-      const int most = std::clamp(sms / 3, 1, p.quantises() ? kQuantisers : kSenders);
-      senders = LatencyBlocks(most, CeilDiv(p.num_tokens, kSquads));
-    }
-    // One block more for the tables.
-    const int64_t work = std::max(CeilDiv(p.num_tokens * shape.num_ranks, kSquads) + 1,
-                                  fills ? CeilDiv(shape.capacity, kLatencyWarps) : 0);
-    total = senders + LatencyBlocks(std::max(sms - senders, 1), work);
-  }
-};
+// Both kinds at least one where there is a peer.
+Blocks BlocksFor(const MoEShape& shape, const DispatchParams& p, int sms) {
+  const bool fills = shape.layout != OutputLayout::kExpertMajor || p.fill;
+  const int most = std::clamp(sms / 3, 1, p.quantises() ? kQuantisers : kSenders);
+  const int senders = shape.num_ranks > 1 ? LatencyBlocks(most, p.num_tokens) : 0;
+  // One block more for the tables.
+  const int64_t work = std::max(CeilDiv(p.num_tokens * shape.num_ranks, kSquads) + 1,
+                                fills ? CeilDiv(shape.capacity, kLatencyWarps) : 0);
+  return {senders + LatencyBlocks(std::max(sms - senders, 1), work), senders};
+}
 
 }  // namespace
 
 cudaError_t LaunchLatencyDispatch(const MoEShape& shape, const Arena& arena,
                                   const RouteParams* route, const DispatchParams& params, int sms,
                                   cudaStream_t stream) {
-  const LatencyGrid blocks(shape, params, sms);
+  const Blocks blocks = BlocksFor(shape, params, sms);
   const auto launch = [&](auto* kernel, size_t shared_bytes) {
-    return Launch(kernel, {blocks.total, kLatencyThreads, shared_bytes}, stream, shape, arena,
-                  route == nullptr ? RouteParams{} : *route, params, blocks.senders);
+    return Launch(kernel, {blocks.of(arena.half), kLatencyThreads, shared_bytes}, stream, shape,
+                  arena, route == nullptr ? RouteParams{} : *route, params, blocks.senders);
   };
   if (route == nullptr)
     return VisitKernel<false>(shape, params.quantises(),

@@ -63,8 +63,8 @@ __device__ inline void SendIds(const MoEShape& shape, const Arena& arena, const 
        at += blocks * kLatencyThreads) {
     const uint64_t word = uint64_t{epoch} << 32 | static_cast<uint32_t>(topk_ids[at]);
     for (int peer = arena.rank + 1; peer < arena.rank + ranks; ++peer)
-      ptx::st_relaxed_sys(
-          arena.IdWord(epoch, peer < ranks ? peer : peer - ranks, arena.rank, at), word);
+      ptx::st_relaxed_sys(arena.IdWord(epoch, peer < ranks ? peer : peer - ranks, arena.rank, at),
+                          word);
   }
 }
 
@@ -209,8 +209,8 @@ __device__ inline Verdict FindError(const MoEShape& shape, const Arena& arena,
   }
   for (int begin = 0; begin < shape.num_ranks && !shape.drop_overflow; begin += 32) {
     const int rank = begin + lane;
-    const unsigned over =
-        __ballot_sync(kAllLanes, rank < shape.num_ranks && routing.needed[rank] > Limit(shape, routing));
+    const unsigned over = __ballot_sync(
+        kAllLanes, rank < shape.num_ranks && routing.needed[rank] > Limit(shape, routing));
     if (over == 0) continue;
     const int first = begin + __ffs(over) - 1;
     return {static_cast<int32_t>(ErrorCode::kOverflow), first, routing.needed[first]};
@@ -289,8 +289,8 @@ __device__ inline int32_t RowOf(const MoEShape& shape, int me, const Routing& ro
   if (id < first || id >= last) return kNotMine;
   const int before = CountEqual(routing, at, id);
   const int64_t row = int64_t{routing.starts[id - first]} + before;
-  const bool fits = shape.layout == OutputLayout::kExpertMajor ? before < routing.slots
-                                                               : row < shape.capacity;
+  const bool fits =
+      shape.layout == OutputLayout::kExpertMajor ? before < routing.slots : row < shape.capacity;
   return fits ? static_cast<int32_t>(row) : static_cast<int32_t>(kDropped);
 }
 

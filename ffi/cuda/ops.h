@@ -14,6 +14,9 @@ namespace jax_ep::cuda {
 struct Blocks {
   int total;
   int senders;
+
+  // Of a kernel that does `half` of it. A receiving half has all: it may have to do the whole.
+  int of(Half half) const { return half == Half::kSend && senders > 0 ? senders : total; }
 };
 
 // The two kernels of routing, which belong to the exchange of the dispatch that has to follow them.

@@ -1,6 +1,7 @@
 // Routing, second kernel: turns the counts before a part into the first row of each of its groups,
 // and places the part's rows in order of (token, k). One block more than the parts need sums up.
 #include "cuda/ops.h"
+#include "cuda/request.cuh"
 #include "cuda/route.cuh"
 
 namespace jax_ep::cuda {
@@ -265,6 +266,7 @@ __global__ void __launch_bounds__(kMaxTeams* kTeamThreads)
     PlacementKernel(MoEShape shape, Arena arena, RouteParams params) {
   ptx::griddepcontrol_launch_dependents();
   ptx::griddepcontrol_wait();
+  Request{arena};
   auto* shared = reinterpret_cast<int32_t*>(ptx::dynamic_shared());
   const Team team;
   const Groups groups(shape, shared);

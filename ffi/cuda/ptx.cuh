@@ -198,6 +198,13 @@ __device__ __forceinline__ uint16_t cvt_e5m2x2(float low, float high) {
   return pair;
 }
 
+// The greater number; NaN if one is.
+__device__ __forceinline__ float max_nan(float a, float b) {
+  float greatest;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(greatest) : "f"(a), "f"(b));
+  return greatest;
+}
+
 // The lesser of each of two 16-bit numbers.
 __device__ __forceinline__ uint32_t min_u16x2(uint32_t a, uint32_t b) {
   uint32_t least;

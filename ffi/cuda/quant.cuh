@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "common/ops.h"
 #include "cuda/ptx.cuh"
@@ -67,108 +68,54 @@ struct BlockScale {
   }
 };
 
-__device__ __forceinline__ float QMax(QuantDType dtype) {
-  return dtype == QuantDType::kInt8 ? 127.0f : dtype == QuantDType::kE4M3 ? 448.0f : 57344.0f;
-}
-
-// Two numbers, scaled and clamped already, as two bytes.
-__device__ __forceinline__ uint32_t RoundPair(QuantDType dtype, float low, float high) {
-  if (dtype == QuantDType::kE4M3) return ptx::cvt_e4m3x2(low, high);
-  if (dtype == QuantDType::kE5M2) return ptx::cvt_e5m2x2(low, high);
+// Two numbers that were divided by their scale, as two bytes; beyond the largest finite one, that.
+template <QuantDType kDType>
+__device__ __forceinline__ uint32_t RoundPair(float low, float high) {
+  if constexpr (kDType == QuantDType::kE4M3) return ptx::cvt_e4m3x2(low, high);
+  if constexpr (kDType == QuantDType::kE5M2) return ptx::cvt_e5m2x2(low, high);
   // A NaN becomes 0.
-  return (__float2int_rn(low) & 0xff) | (__float2int_rn(high) & 0xff) << 8;
+  const auto round = [](float x) {
+    return __float2int_rn(x > 127.0f ? 127.0f : x < -127.0f ? -127.0f : x) & 0xff;
+  };
+  return round(low) | round(high) << 8;
 }
 
-// Elements that a lane quantises at a time.
-constexpr int kPerQuantLane = 8;
+// Calls `visit` with an integral_constant of `dtype`.
+template <typename F>
+__device__ __forceinline__ void VisitQuantDType(QuantDType dtype, const F& visit) {
+  using std::integral_constant;
+  if (dtype == QuantDType::kE4M3)
+    visit(integral_constant<QuantDType, QuantDType::kE4M3>());
+  else if (dtype == QuantDType::kE5M2)
+    visit(integral_constant<QuantDType, QuantDType::kE5M2>());
+  else
+    visit(integral_constant<QuantDType, QuantDType::kInt8>());
+}
+
+// Neighbouring elements that a lane quantises at a time: their bytes fill a vector.
+constexpr int kPerQuantLane = 16;
 
 template <typename T>
-__device__ __forceinline__ void LoadForQuant(const T* from, float (&out)[kPerQuantLane]) {
-  constexpr int kVectors = kPerQuantLane / kPerVector<T>;
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    const int4 v = ptx::ld_nc_no_allocate(reinterpret_cast<const int4*>(from) + i);
-    Sum<T> elements[kPerVector<T>];
-    Vector<T>::Unpack(v, elements);
-#pragma unroll
-    for (int j = 0; j < kPerVector<T>; ++j)
-      out[i * kPerVector<T> + j] = static_cast<float>(elements[j]);
-  }
-}
+struct QuantElements {
+  static constexpr int kVectors = kPerQuantLane / kPerVector<T>;
+  int4 vectors[kVectors];
 
-// The bytes of 8 elements that were divided by their scale.
-__device__ __forceinline__ uint2 RoundAll(QuantDType dtype, const float (&in)[kPerQuantLane],
-                                          float inverse) {
-  const float qmax = QMax(dtype);
-  uint32_t pairs[kPerQuantLane / 2];
+  __device__ __forceinline__ void Load(const T* from) {
 #pragma unroll
-  for (int i = 0; i < kPerQuantLane / 2; ++i) {
-    float scaled[2];
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      const float x = in[2 * i + j] * inverse;
-      scaled[j] = x > qmax ? qmax : x < -qmax ? -qmax : x;
-    }
-    pairs[i] = RoundPair(dtype, scaled[0], scaled[1]);
+    for (int i = 0; i < kVectors; ++i)
+      vectors[i] = ptx::ld_nc_no_allocate(reinterpret_cast<const int4*>(from) + i);
   }
-  return make_uint2(pairs[0] | pairs[1] << 16, pairs[2] | pairs[3] << 16);
-}
-
-// Quantises a row of `hidden` elements, a multiple of 16, by warps `warp` of `warps`, and hands out
-// what comes of it: `elements(first, bytes)`, where bytes are of one or of 8 elements, and
-// `scale(block, bits)`.
-template <typename T, typename Elements, typename Scale>
-__device__ void QuantiseRow(const QuantParams& quant, const T* x, int hidden, int warp, int warps,
-                            const Elements& elements, const Scale& scale) {
-  constexpr int kPerWarp = 32 * kPerQuantLane;  // elements
-  const int lane = threadIdx.x % 32, block = quant.block;
-  const bool fits = block % kPerQuantLane == 0 && kPerWarp % block == 0;
-  if (fits) {
-    const int lanes = block / kPerQuantLane;
-    // Several rounds at a time, so that enough loads are in flight.
-    constexpr int kRounds = 4;
-    for (int begin = warp * kPerWarp; begin < hidden; begin += kRounds * warps * kPerWarp) {
-      float values[kRounds][kPerQuantLane];
+  __device__ __forceinline__ void Unpack(float (&out)[kPerQuantLane]) const {
 #pragma unroll
-      for (int r = 0; r < kRounds; ++r) {
-        const int first = begin + r * warps * kPerWarp + lane * kPerQuantLane;
-        if (first < hidden) LoadForQuant(x + first, values[r]);
-      }
+    for (int i = 0; i < kVectors; ++i) {
+      Sum<T> elements[kPerVector<T>];
+      Vector<T>::Unpack(vectors[i], elements);
 #pragma unroll
-      for (int r = 0; r < kRounds; ++r) {
-        const int first = begin + r * warps * kPerWarp + lane * kPerQuantLane;
-        if (begin + r * warps * kPerWarp >= hidden) break;
-        uint32_t amax = 0;
-#pragma unroll
-        for (int i = 0; i < kPerQuantLane; ++i)
-          amax = first < hidden ? max(amax, __float_as_uint(values[r][i]) & 0x7fffffffu) : 0u;
-        for (int step = lanes / 2; step > 0; step /= 2)
-          amax = max(amax, __shfl_xor_sync(kAllLanes, amax, step));
-        const BlockScale of_block(quant, amax);
-        if (first >= hidden) continue;
-        elements(first, RoundAll(quant.dtype, values[r], of_block.inverse));
-        if (lane % lanes == 0) scale(first / block, of_block.bits);
-      }
+      for (int j = 0; j < kPerVector<T>; ++j)
+        out[i * kPerVector<T> + j] = static_cast<float>(elements[j]);
     }
-    return;
   }
-  // Blocks of any other size, each by one warp, which reads it twice.
-  for (int number = warp; number < hidden / block; number += warps) {
-    const T* of_block = x + number * block;
-    uint32_t amax = 0;
-    for (int i = lane; i < block; i += 32)
-      amax = max(amax, __float_as_uint(ToFloat(of_block[i])) & 0x7fffffffu);
-    for (int step = 16; step > 0; step /= 2)
-      amax = max(amax, __shfl_xor_sync(kAllLanes, amax, step));
-    const BlockScale block_scale(quant, amax);
-    for (int i = lane; i < block; i += 32) {
-      const float one[kPerQuantLane] = {ToFloat(of_block[i])};
-      const uint2 bytes = RoundAll(quant.dtype, one, block_scale.inverse);
-      elements(number * block + i, static_cast<uint8_t>(bytes.x));
-    }
-    if (lane == 0) scale(number, block_scale.bits);
-  }
-}
+};
 
 __device__ __forceinline__ void StoreScale(const QuantParams& quant, std::byte* scales, int number,
                                            uint32_t bits) {
@@ -181,6 +128,94 @@ __device__ __forceinline__ void StoreScale(const QuantParams& quant, std::byte* 
 // What the scales of a poisoned step are.
 __device__ __forceinline__ uint32_t NaNScale(const QuantParams& quant) {
   return quant.scale_dtype == ScaleDType::kF32 ? 0x7fc00000u : 0xffu;
+}
+
+// Rows that get the same quantised token at a time.
+constexpr int kMaxQuantRows = 4;
+struct QuantRows {
+  int count = 0;
+  QuantRow rows[kMaxQuantRows];
+};
+
+// Quantises a row of `hidden` elements, a multiple of 32, into `to`, by warps `warp` of `warps`.
+// Blocks are of 16 to 512 elements and a power of two.
+template <QuantDType kDType, typename T>
+__device__ __forceinline__ void QuantiseBlocks(const QuantParams& quant, const T* x, int hidden,
+                                               int warp, int warps, const QuantRows& to) {
+  constexpr int kPerWarp = 32 * kPerQuantLane;  // elements
+  // Several rounds at a time, so that enough loads are in flight.
+  constexpr int kRounds = 16 / sizeof(T) > 4 ? 4 : 1;
+  const int lane = threadIdx.x % 32, lanes = quant.block / kPerQuantLane, shift = __ffs(lanes) - 1;
+  for (int begin = warp * kPerWarp; begin < hidden; begin += kRounds * warps * kPerWarp) {
+    QuantElements<T> loaded[kRounds];
+#pragma unroll
+    for (int r = 0; r < kRounds; ++r)
+      if (const int first = begin + r * warps * kPerWarp + lane * kPerQuantLane; first < hidden)
+        loaded[r].Load(x + first);
+#pragma unroll
+    for (int r = 0; r < kRounds; ++r) {
+      const int first = begin + r * warps * kPerWarp + lane * kPerQuantLane;
+      if (begin + r * warps * kPerWarp >= hidden) break;
+      float values[kPerQuantLane];
+      loaded[r].Unpack(values);
+      float amax = 0;
+#pragma unroll
+      for (int i = 0; i < kPerQuantLane; ++i) amax = ptx::max_nan(amax, fabsf(values[i]));
+      for (int step = lanes / 2; step > 0; step /= 2)
+        amax = ptx::max_nan(amax, __shfl_xor_sync(kAllLanes, amax, step));
+      if (first >= hidden) continue;
+      const BlockScale scale(quant, __float_as_uint(amax));
+      uint32_t words[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float* four = values + 4 * i;
+        words[i] = RoundPair<kDType>(four[0] * scale.inverse, four[1] * scale.inverse) |
+                   RoundPair<kDType>(four[2] * scale.inverse, four[3] * scale.inverse) << 16;
+      }
+#pragma unroll
+      for (int i = 0; i < kMaxQuantRows; ++i) {
+        if (i == to.count) break;
+        ptx::st_no_allocate(reinterpret_cast<int4*>(to.rows[i].elements + first),
+                            make_int4(words[0], words[1], words[2], words[3]));
+        if (lane % lanes == 0)
+          StoreScale(quant, to.rows[i].scales, first / kPerQuantLane >> shift, scale.bits);
+      }
+    }
+  }
+}
+
+// The same for blocks of any size, each by one warp, which reads it twice.
+template <QuantDType kDType, typename T>
+__device__ void QuantiseOddBlocks(const QuantParams& quant, const T* x, int hidden, int warp,
+                                  int warps, const QuantRows& to) {
+  const int lane = threadIdx.x % 32, block = quant.block;
+  for (int number = warp; number < hidden / block; number += warps) {
+    const T* of_block = x + number * block;
+    float amax = 0;
+    for (int i = lane; i < block; i += 32) amax = ptx::max_nan(amax, fabsf(ToFloat(of_block[i])));
+    for (int step = 16; step > 0; step /= 2)
+      amax = ptx::max_nan(amax, __shfl_xor_sync(kAllLanes, amax, step));
+    const BlockScale scale(quant, __float_as_uint(amax));
+    for (int row = 0; row < to.count; ++row) {
+      for (int i = lane; i < block; i += 32)
+        to.rows[row].elements[number * block + i] =
+            static_cast<std::byte>(RoundPair<kDType>(ToFloat(of_block[i]) * scale.inverse, 0.0f));
+      if (lane == 0) StoreScale(quant, to.rows[row].scales, number, scale.bits);
+    }
+  }
+}
+
+template <typename T>
+__device__ void QuantiseRow(const QuantParams& quant, const T* x, int hidden, int warp, int warps,
+                            const QuantRows& to) {
+  const int block = quant.block;
+  const bool is_even = block % kPerQuantLane == 0 && 32 * kPerQuantLane % block == 0;
+  VisitQuantDType(quant.dtype, [&](auto dtype) {
+    if (is_even)
+      QuantiseBlocks<decltype(dtype)::value>(quant, x, hidden, warp, warps, to);
+    else
+      QuantiseOddBlocks<decltype(dtype)::value>(quant, x, hidden, warp, warps, to);
+  });
 }
 
 }  // namespace jax_ep::cuda

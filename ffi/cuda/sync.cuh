@@ -143,21 +143,6 @@ __device__ inline bool IsLastBlock(uint32_t* counter) {
   return __syncthreads_or(is_last);
 }
 
-// Ends an exchange; to be called by all threads of all blocks. The last block to come waits until
-// every peer has entered, without which the next epoch could overrun a slow one, and moves the
-// epoch on.
-__device__ inline void LeaveEpoch(const Arena& arena, uint32_t epoch, Phase phase) {
-  ArenaHeader* header = arena.Header();
-  if (!IsLastBlock(&header->blocks_done)) return;
-  for (int peer = threadIdx.x; peer < arena.layout.num_ranks; peer += blockDim.x)
-    Wait(arena, arena.Ready(arena.rank, peer), epoch, peer, phase);
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    header->send_tasks = header->receive_tasks = 0;
-    header->epoch = epoch;
-  }
-}
-
 }  // namespace jax_ep::cuda
 
 #endif  // JAX_EP_CUDA_SYNC_CUH_

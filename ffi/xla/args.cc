@@ -1,7 +1,5 @@
 #include "xla/args.h"
 
-#include <algorithm>
-
 namespace jax_ep::xla_ffi {
 namespace {
 
@@ -13,12 +11,10 @@ class Checks {
       error_ = std::string("jax_ep: ") + name + ": expected " + std::to_string(expected) +
                " elements, got " + std::to_string(got);
   }
-  void Type(const char* name, ffi::DataType got, DType expected) {
-    static constexpr ffi::DataType kTypes[] = {ffi::F16, ffi::BF16, ffi::F32, ffi::F64};
-    const ffi::DataType type = kTypes[static_cast<int>(expected)];
-    if (got != type && error_.empty())
+  void Type(const char* name, ffi::DataType got, ffi::DataType expected) {
+    if (got != expected && error_.empty())
       error_ = std::string("jax_ep: ") + name + ": expected XLA type " +
-               std::to_string(static_cast<int>(type)) + ", got " +
+               std::to_string(static_cast<int>(expected)) + ", got " +
                std::to_string(static_cast<int>(got));
   }
   void True(bool condition, const char* text) {
@@ -34,6 +30,18 @@ class Checks {
   std::string error_;
 };
 
+ffi::DataType XlaType(DType dtype) {
+  static constexpr ffi::DataType kTypes[] = {ffi::F16, ffi::BF16, ffi::F32, ffi::F64};
+  return kTypes[static_cast<int>(dtype)];
+}
+ffi::DataType XlaType(QuantDType dtype) {
+  static constexpr ffi::DataType kTypes[] = {ffi::F8E4M3FN, ffi::F8E5M2, ffi::S8};
+  return kTypes[static_cast<int>(dtype)];
+}
+ffi::DataType XlaType(ScaleDType dtype) {
+  return dtype == ScaleDType::kE8M0 ? ffi::F8E8M0FNU : ffi::F32;
+}
+
 template <typename Buffer>
 int64_t Size(const Buffer& buffer) {
   return static_cast<int64_t>(buffer.element_count());
@@ -46,18 +54,36 @@ int64_t Rows(const ffi::AnyBuffer& buffer) {
   return buffer.dimensions().size() == 0 ? 0 : buffer.dimensions()[0];
 }
 
-// How rows travel follows from what is given and what is asked for: tokens that are no floats of
-// `shape` are quantised, by us unless x has their type already.
-QuantParams ParseQuant(const MoEShape& shape, const ffi::AnyBuffer& x, const ffi::AnyBuffer& scales,
-                       const ffi::AnyBuffer& tokens, const ffi::AnyBuffer& row_scales,
-                       Checks* checks) {
+void CheckNumTokens(const MoEShape& shape, int64_t num_tokens, Checks* checks) {
+  if (num_tokens < 0 || num_tokens > shape.max_tokens_per_rank)
+    checks->Elements("tokens", num_tokens, shape.max_tokens_per_rank);
+}
+
+RouteTables ParseTables(const MoEShape& shape, const Ints& tables, int64_t num_tokens,
+                        Checks* checks) {
+  const RouteTablesLayout layout(shape, num_tokens);
+  checks->Elements("tables", Size(tables), layout.size);
+  return layout.At(tables.typed_data());
+}
+
+// Of the request that an op is the receiving half of; null if it is whole.
+const int32_t* ParseTicket(const Ints& ticket, Checks* checks) {
+  if (Size(ticket) == 0) return nullptr;
+  checks->Elements("ticket", Size(ticket), kTicketSize);
+  return ticket.typed_data();
+}
+
+// How rows travel, by what is asked for: rows with scales are quantised.
+QuantParams QuantOf(const MoEShape& shape, const ffi::AnyBuffer& tokens,
+                    const ffi::AnyBuffer& row_scales, Checks* checks) {
   QuantParams quant;
-  if (Size(row_scales) == 0) return quant;
+  if (Size(row_scales) == 0) {
+    checks->Type("tokens", tokens.element_type(), XlaType(shape.dtype));
+    return quant;
+  }
   quant.block = static_cast<int32_t>(shape.capacity * shape.hidden_size / Size(row_scales));
   checks->Elements("row_scales", Size(row_scales) * quant.block,
                    shape.capacity * shape.hidden_size);
-  checks->True(quant.block > 0 && shape.hidden_size % quant.block == 0,
-               "row_scales: not a whole number for each row");
   switch (tokens.element_type()) {
     case ffi::F8E4M3FN:
       quant.dtype = QuantDType::kE4M3;
@@ -74,55 +100,93 @@ QuantParams ParseQuant(const MoEShape& shape, const ffi::AnyBuffer& x, const ffi
   checks->True(is_e8m0 || row_scales.element_type() == ffi::F32,
                "row_scales: not a type for scales");
   quant.row_scales = row_scales.untyped_data();
-  checks->True(
-      shape.hidden_size + shape.hidden_size / std::max(quant.block, 1) * (is_e8m0 ? 1 : 4) <=
-          shape.row_bytes(),
-      "row_scales: more than the place of a plain row has room for");
-  if (Size(scales) == 0) return quant;
-  checks->Elements("scales", Size(scales) * quant.block, Rows(x) * shape.hidden_size);
-  checks->True(scales.element_type() == row_scales.element_type(),
-               "scales: not of the type of row_scales");
-  checks->True(x.element_type() == tokens.element_type(), "x: not of the type of tokens");
-  quant.scales = scales.untyped_data();
   return quant;
 }
 
-// What every dispatch has; with `scaled`, one scalar per row.
+// How rows travel, by what a sending half is told.
+QuantParams QuantOf(const MoEShape& shape, int64_t block, int64_t dtype, int64_t scale_dtype,
+                    Checks* checks) {
+  QuantParams quant;
+  const bool is_known = block >= 0 && block <= shape.hidden_size && dtype >= 0 &&
+                        dtype <= static_cast<int64_t>(QuantDType::kInt8) && scale_dtype >= 0 &&
+                        scale_dtype <= static_cast<int64_t>(ScaleDType::kE8M0);
+  checks->True(is_known, "block, quant_dtype, scale_dtype: no way to quantise a row");
+  if (!is_known) return quant;
+  quant.block = static_cast<int32_t>(block);
+  quant.dtype = static_cast<QuantDType>(dtype);
+  quant.scale_dtype = static_cast<ScaleDType>(scale_dtype);
+  return quant;
+}
+
+// What every dispatch sends, as `quant` says: rows are quantised by us unless scales come with
+// them.
+DispatchParams ParseSent(const MoEShape& shape, const ffi::AnyBuffer& x, const Floats& weights,
+                         const ffi::AnyBuffer& scales, const QuantParams& quant, Checks* checks) {
+  DispatchParams params{};
+  params.num_tokens = Rows(x);
+  params.x = x.untyped_data();
+  params.weights = OrNull(weights);
+  params.quant = quant;
+  CheckNumTokens(shape, params.num_tokens, checks);
+  checks->Elements("x", Size(x), params.num_tokens * shape.hidden_size);
+  if (Size(weights) > 0) checks->Elements("weights", Size(weights), params.num_tokens * shape.topk);
+  if (quant.block != 0) {
+    const bool divides = shape.hidden_size % quant.block == 0;
+    checks->True(divides, "scales: not a whole number for each row");
+    checks->True(!divides || shape.hidden_size + params.scale_row_bytes(shape) <= shape.row_bytes(),
+                 "scales: more than the place of a plain row has room for");
+  }
+  if (quant.block == 0 || Size(scales) == 0) {
+    checks->Type("x", x.element_type(), XlaType(shape.dtype));
+    return params;
+  }
+  checks->Elements("scales", Size(scales) * quant.block, params.num_tokens * shape.hidden_size);
+  checks->Type("scales", scales.element_type(), XlaType(quant.scale_dtype));
+  checks->Type("x", x.element_type(), XlaType(quant.dtype));
+  params.quant.scales = scales.untyped_data();
+  return params;
+}
+
+// What every dispatch has that receives; with `scaled`, one scalar per row.
 DispatchParams ParseRows(const MoEShape& shape, int64_t fill, const ffi::AnyBuffer& x,
                          const Floats& weights, const ffi::AnyBuffer& scales, const Ints& tables,
-                         bool scaled, AnyOut tokens, FloatsOut row_scalars, AnyOut row_scales,
-                         Checks* checks) {
-  const int64_t num_tokens = Rows(x), rows = shape.capacity;
-  const RouteTablesLayout layout(shape, num_tokens);
-  const QuantParams quant = ParseQuant(shape, x, scales, *tokens, *row_scales, checks);
-  if (quant.scales == nullptr) checks->Type("x", x.element_type(), shape.dtype);
-  if (quant.block == 0) checks->Type("tokens", tokens->element_type(), shape.dtype);
-  checks->Elements("x", Size(x), num_tokens * shape.hidden_size);
-  if (Size(weights) > 0) checks->Elements("weights", Size(weights), num_tokens * shape.topk);
-  checks->Elements("tables", Size(tables), layout.size);
+                         const Ints& ticket, bool scaled, AnyOut tokens, FloatsOut row_scalars,
+                         AnyOut row_scales, Checks* checks) {
+  const int64_t rows = shape.capacity;
+  const QuantParams quant = QuantOf(shape, *tokens, *row_scales, checks);
+  DispatchParams params = ParseSent(shape, x, weights, scales, quant, checks);
+  params.tables = ParseTables(shape, tables, params.num_tokens, checks);
+  params.ticket = ParseTicket(ticket, checks);
   checks->Elements("tokens", Size(*tokens), rows * shape.hidden_size);
+  params.tokens = tokens->untyped_data();
   if (Size(*row_scalars) > 0 || Size(weights) > 0 || scaled)
     checks->Elements("row_scalars", Size(*row_scalars),
                      rows * (scaled ? 1 : shape.weights_per_row()));
-  if (num_tokens > shape.max_tokens_per_rank)
-    checks->Elements("tokens", num_tokens, shape.max_tokens_per_rank);
-  return {num_tokens,
-          x.untyped_data(),
-          OrNull(weights),
-          layout.At(tables.typed_data()),
-          nullptr,
-          nullptr,
-          tokens->untyped_data(),
-          OrNull(*row_scalars),
-          fill != 0,
-          quant};
+  params.row_scalars = OrNull(*row_scalars);
+  params.fill = fill != 0;
+  return params;
+}
+
+// What every combine sends.
+CombineParams ParseSums(const MoEShape& shape, int64_t num_tokens, const ffi::AnyBuffer& y,
+                        const Floats& row_weights, const Ints& tables, Checks* checks) {
+  CombineParams params{};
+  params.num_tokens = num_tokens;
+  params.y = y.untyped_data();
+  params.row_weights = OrNull(row_weights);
+  CheckNumTokens(shape, num_tokens, checks);
+  checks->Type("y", y.element_type(), XlaType(shape.dtype));
+  checks->Elements("y", Size(y), shape.capacity * shape.hidden_size);
+  if (Size(row_weights) > 0) checks->Elements("row_weights", Size(row_weights), shape.capacity);
+  params.tables = ParseTables(shape, tables, num_tokens, checks);
+  return params;
 }
 
 }  // namespace
 
 ffi::ErrorOr<FreshDispatchParams> ParseDispatch(const MoEShape& shape, int64_t fill, Ints topk_ids,
                                                 ffi::AnyBuffer x, Floats weights,
-                                                ffi::AnyBuffer scales, IntsOut tables,
+                                                ffi::AnyBuffer scales, Ints ticket, IntsOut tables,
                                                 IntsOut num_tokens_per_expert, IntsOut offsets,
                                                 IntsOut num_dropped, IntsOut recv_topk_ids,
                                                 AnyOut tokens, FloatsOut row_scalars,
@@ -130,8 +194,8 @@ ffi::ErrorOr<FreshDispatchParams> ParseDispatch(const MoEShape& shape, int64_t f
   const bool rank_major = shape.layout == OutputLayout::kRankMajor;
   Checks checks;
   const DispatchParams dispatch =
-      ParseRows(shape, fill, x, weights, scales, *tables, /*scaled=*/false, tokens, row_scalars,
-                row_scales, &checks);
+      ParseRows(shape, fill, x, weights, scales, *tables, ticket, /*scaled=*/false, tokens,
+                row_scalars, row_scales, &checks);
   checks.Elements("topk_ids", Size(topk_ids), dispatch.num_tokens * shape.topk);
   checks.Elements("num_tokens_per_expert", Size(*num_tokens_per_expert), shape.local_experts());
   checks.Elements("offsets", Size(*offsets), shape.num_row_groups() + 1);
@@ -151,16 +215,17 @@ ffi::ErrorOr<FreshDispatchParams> ParseDispatch(const MoEShape& shape, int64_t f
 ffi::ErrorOr<DispatchParams> ParseDispatchCached(const MoEShape& shape, int64_t fill,
                                                  ffi::AnyBuffer x, Floats weights,
                                                  ffi::AnyBuffer scales, Ints tables,
-                                                 ffi::AnyBuffer y, Floats row_weights,
+                                                 ffi::AnyBuffer y, Floats row_weights, Ints ticket,
                                                  AnyOut tokens, FloatsOut row_scalars,
                                                  AnyOut row_scales) {
   const bool scaled = Size(row_weights) > 0;
   Checks checks;
-  DispatchParams dispatch = ParseRows(shape, fill, x, weights, scales, tables, scaled, tokens,
-                                      row_scalars, row_scales, &checks);
+  DispatchParams dispatch = ParseRows(shape, fill, x, weights, scales, tables, ticket, scaled,
+                                      tokens, row_scalars, row_scales, &checks);
   if (scaled) {
     checks.True(dispatch.quant.block == 0, "y: not beside quantised rows");
-    checks.Type("y", y.element_type(), shape.dtype);
+    checks.True(dispatch.ticket == nullptr, "y: not beside a ticket");
+    checks.Type("y", y.element_type(), XlaType(shape.dtype));
     checks.Elements("y", Size(y), shape.capacity * shape.hidden_size);
     checks.Elements("row_weights", Size(row_weights), shape.capacity);
     dispatch.y = y.untyped_data();
@@ -171,25 +236,48 @@ ffi::ErrorOr<DispatchParams> ParseDispatchCached(const MoEShape& shape, int64_t 
 
 ffi::ErrorOr<CombineParams> ParseCombine(const MoEShape& shape, ffi::AnyBuffer y,
                                          Floats row_weights, Floats row_scalars, Ints tables,
-                                         AnyOut out, FloatsOut token_scalars) {
-  const int64_t num_tokens = Rows(*out), rows = shape.capacity;
-  const RouteTablesLayout layout(shape, num_tokens);
+                                         Ints ticket, AnyOut out, FloatsOut token_scalars) {
   Checks checks;
-  checks.Type("y", y.element_type(), shape.dtype);
-  checks.Type("out", out->element_type(), shape.dtype);
-  checks.Elements("y", Size(y), rows * shape.hidden_size);
-  if (Size(row_weights) > 0) checks.Elements("row_weights", Size(row_weights), rows);
-  checks.Elements("tables", Size(tables), layout.size);
-  checks.Elements("out", Size(*out), num_tokens * shape.hidden_size);
+  CombineParams combine = ParseSums(shape, Rows(*out), y, row_weights, tables, &checks);
+  combine.ticket = ParseTicket(ticket, &checks);
+  checks.Type("out", out->element_type(), XlaType(shape.dtype));
+  checks.Elements("out", Size(*out), combine.num_tokens * shape.hidden_size);
+  combine.out = out->untyped_data();
   if (Size(row_scalars) > 0) {
-    checks.Elements("row_scalars", Size(row_scalars), rows * shape.weights_per_row());
-    checks.Elements("token_scalars", Size(*token_scalars), num_tokens * shape.topk);
+    checks.True(combine.ticket == nullptr, "row_scalars: not beside a ticket");
+    checks.Elements("row_scalars", Size(row_scalars), shape.capacity * shape.weights_per_row());
+    checks.Elements("token_scalars", Size(*token_scalars), combine.num_tokens * shape.topk);
+    combine.row_scalars = row_scalars.typed_data();
+    combine.token_scalars = token_scalars->typed_data();
   }
-  if (num_tokens > shape.max_tokens_per_rank)
-    checks.Elements("tokens", num_tokens, shape.max_tokens_per_rank);
-  return checks.Result(CombineParams{num_tokens, y.untyped_data(), OrNull(row_weights),
-                                     OrNull(row_scalars), layout.At(tables.typed_data()),
-                                     out->untyped_data(), OrNull(*token_scalars)});
+  return checks.Result(combine);
+}
+
+ffi::ErrorOr<DispatchStartParams> ParseDispatchStart(const MoEShape& shape, int64_t block,
+                                                     int64_t quant_dtype, int64_t scale_dtype,
+                                                     Ints topk_ids, ffi::AnyBuffer x,
+                                                     Floats weights, ffi::AnyBuffer scales,
+                                                     Ints tables, IntsOut ticket) {
+  Checks checks;
+  const QuantParams quant = QuantOf(shape, block, quant_dtype, scale_dtype, &checks);
+  DispatchParams dispatch = ParseSent(shape, x, weights, scales, quant, &checks);
+  const bool is_fresh = Size(topk_ids) > 0;
+  if (is_fresh)
+    checks.Elements("topk_ids", Size(topk_ids), dispatch.num_tokens * shape.topk);
+  else
+    dispatch.tables = ParseTables(shape, tables, dispatch.num_tokens, &checks);
+  checks.Elements("ticket", Size(*ticket), kTicketSize);
+  return checks.Result(DispatchStartParams{is_fresh ? topk_ids.typed_data() : nullptr, dispatch,
+                                           ticket->typed_data()});
+}
+
+ffi::ErrorOr<CombineStartParams> ParseCombineStart(const MoEShape& shape, int64_t num_tokens,
+                                                   ffi::AnyBuffer y, Floats row_weights,
+                                                   Ints tables, IntsOut ticket) {
+  Checks checks;
+  const CombineParams combine = ParseSums(shape, num_tokens, y, row_weights, tables, &checks);
+  checks.Elements("ticket", Size(*ticket), kTicketSize);
+  return checks.Result(CombineStartParams{combine, ticket->typed_data()});
 }
 
 }  // namespace jax_ep::xla_ffi

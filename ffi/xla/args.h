@@ -20,8 +20,11 @@ using IntsOut = ffi::Result<Ints>;
 using FloatsOut = ffi::Result<Floats>;
 using AnyOut = ffi::Result<ffi::AnyBuffer>;
 
+constexpr int64_t kTicketSize = 2;
+
 // The operands and results of each op, in the order of its handlers' parameters. `begin` binds what
-// the backend needs before them.
+// the backend needs before them. With a ticket an op is the receiving half of the request that gave
+// it: its other operands are those of the sending half.
 template <typename Binding>
 auto BindDispatch(Binding begin) {
   return std::move(begin)
@@ -31,6 +34,7 @@ auto BindDispatch(Binding begin) {
       .template Arg<ffi::AnyBuffer>()   // x
       .template Arg<Floats>()           // weights, or empty
       .template Arg<ffi::AnyBuffer>()   // scales, or empty
+      .template Arg<Ints>()             // ticket, or empty
       .template Ret<Ints>()             // tables
       .template Ret<Ints>()             // num_tokens_per_expert
       .template Ret<Ints>()             // offsets
@@ -51,6 +55,7 @@ auto BindDispatchCached(Binding begin) {
       .template Arg<Ints>()             // tables
       .template Arg<ffi::AnyBuffer>()   // y, or empty
       .template Arg<Floats>()           // row_weights, or empty
+      .template Arg<Ints>()             // ticket, or empty
       .template Ret<ffi::AnyBuffer>()   // tokens
       .template Ret<Floats>()           // row_scalars, or empty
       .template Ret<ffi::AnyBuffer>();  // row_scales, or empty
@@ -63,13 +68,38 @@ auto BindCombine(Binding begin) {
       .template Arg<Floats>()          // row_weights, or empty
       .template Arg<Floats>()          // row_scalars, or empty
       .template Arg<Ints>()            // tables
+      .template Arg<Ints>()            // ticket, or empty
       .template Ret<ffi::AnyBuffer>()  // out
       .template Ret<Floats>();         // token_scalars, or empty
+}
+template <typename Binding>
+auto BindDispatchStart(Binding begin) {
+  return std::move(begin)
+      .template Attr<int64_t>("comm")
+      .template Attr<int64_t>("block")
+      .template Attr<int64_t>("quant_dtype")
+      .template Attr<int64_t>("scale_dtype")
+      .template Arg<Ints>()            // topk_ids, or empty
+      .template Arg<ffi::AnyBuffer>()  // x
+      .template Arg<Floats>()          // weights, or empty
+      .template Arg<ffi::AnyBuffer>()  // scales, or empty
+      .template Arg<Ints>()            // tables, or empty
+      .template Ret<Ints>();           // ticket
+}
+template <typename Binding>
+auto BindCombineStart(Binding begin) {
+  return std::move(begin)
+      .template Attr<int64_t>("comm")
+      .template Attr<int64_t>("num_tokens")
+      .template Arg<ffi::AnyBuffer>()  // y
+      .template Arg<Floats>()          // row_weights, or empty
+      .template Arg<Ints>()            // tables
+      .template Ret<Ints>();           // ticket
 }
 
 ffi::ErrorOr<FreshDispatchParams> ParseDispatch(const MoEShape& shape, int64_t fill, Ints topk_ids,
                                                 ffi::AnyBuffer x, Floats weights,
-                                                ffi::AnyBuffer scales, IntsOut tables,
+                                                ffi::AnyBuffer scales, Ints ticket, IntsOut tables,
                                                 IntsOut num_tokens_per_expert, IntsOut offsets,
                                                 IntsOut num_dropped, IntsOut recv_topk_ids,
                                                 AnyOut tokens, FloatsOut row_scalars,
@@ -77,12 +107,20 @@ ffi::ErrorOr<FreshDispatchParams> ParseDispatch(const MoEShape& shape, int64_t f
 ffi::ErrorOr<DispatchParams> ParseDispatchCached(const MoEShape& shape, int64_t fill,
                                                  ffi::AnyBuffer x, Floats weights,
                                                  ffi::AnyBuffer scales, Ints tables,
-                                                 ffi::AnyBuffer y, Floats row_weights,
+                                                 ffi::AnyBuffer y, Floats row_weights, Ints ticket,
                                                  AnyOut tokens, FloatsOut row_scalars,
                                                  AnyOut row_scales);
 ffi::ErrorOr<CombineParams> ParseCombine(const MoEShape& shape, ffi::AnyBuffer y,
                                          Floats row_weights, Floats row_scalars, Ints tables,
-                                         AnyOut out, FloatsOut token_scalars);
+                                         Ints ticket, AnyOut out, FloatsOut token_scalars);
+ffi::ErrorOr<DispatchStartParams> ParseDispatchStart(const MoEShape& shape, int64_t block,
+                                                     int64_t quant_dtype, int64_t scale_dtype,
+                                                     Ints topk_ids, ffi::AnyBuffer x,
+                                                     Floats weights, ffi::AnyBuffer scales,
+                                                     Ints tables, IntsOut ticket);
+ffi::ErrorOr<CombineStartParams> ParseCombineStart(const MoEShape& shape, int64_t num_tokens,
+                                                   ffi::AnyBuffer y, Floats row_weights,
+                                                   Ints tables, IntsOut ticket);
 
 inline ffi::Error Destroyed() {
   return ffi::Error(ffi::ErrorCode::kFailedPrecondition,

@@ -1,6 +1,7 @@
 // The CPU handlers and the Python module that carries them.
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstring>
 #include <deque>
 #include <map>
@@ -110,31 +111,61 @@ ffi::Future Submit(ffi::ErrorOr<Params> (*parse)(const MoEShape&, Buffers...), i
 
 ffi::Future Dispatch(int32_t ordinal, ffi::RunId run, CallSite* site, int64_t comm, int64_t fill,
                      Ints topk_ids, ffi::AnyBuffer x, Floats weights, ffi::AnyBuffer scales,
-                     IntsOut tables, IntsOut num_tokens_per_expert, IntsOut offsets,
+                     Ints ticket, IntsOut tables, IntsOut num_tokens_per_expert, IntsOut offsets,
                      IntsOut num_dropped, IntsOut recv_topk_ids, AnyOut tokens,
                      FloatsOut row_scalars, AnyOut row_scales) {
-  return Submit(ParseDispatch, ordinal, run, site, comm, fill, topk_ids, x, weights, scales, tables,
-                num_tokens_per_expert, offsets, num_dropped, recv_topk_ids, tokens, row_scalars,
-                row_scales);
+  return Submit(ParseDispatch, ordinal, run, site, comm, fill, topk_ids, x, weights, scales, ticket,
+                tables, num_tokens_per_expert, offsets, num_dropped, recv_topk_ids, tokens,
+                row_scalars, row_scales);
 }
 XLA_FFI_DEFINE_HANDLER(kDispatch, Dispatch, BindDispatch(BindCall()));
 
 ffi::Future DispatchCached(int32_t ordinal, ffi::RunId run, CallSite* site, int64_t comm,
                            int64_t fill, ffi::AnyBuffer x, Floats weights, ffi::AnyBuffer scales,
-                           Ints tables, ffi::AnyBuffer y, Floats row_weights, AnyOut tokens,
-                           FloatsOut row_scalars, AnyOut row_scales) {
+                           Ints tables, ffi::AnyBuffer y, Floats row_weights, Ints ticket,
+                           AnyOut tokens, FloatsOut row_scalars, AnyOut row_scales) {
   return Submit(ParseDispatchCached, ordinal, run, site, comm, fill, x, weights, scales, tables, y,
-                row_weights, tokens, row_scalars, row_scales);
+                row_weights, ticket, tokens, row_scalars, row_scales);
 }
 XLA_FFI_DEFINE_HANDLER(kDispatchCached, DispatchCached, BindDispatchCached(BindCall()));
 
 ffi::Future Combine(int32_t ordinal, ffi::RunId run, CallSite* site, int64_t comm, ffi::AnyBuffer y,
-                    Floats row_weights, Floats row_scalars, Ints tables, AnyOut out,
+                    Floats row_weights, Floats row_scalars, Ints tables, Ints ticket, AnyOut out,
                     FloatsOut token_scalars) {
-  return Submit(ParseCombine, ordinal, run, site, comm, y, row_weights, row_scalars, tables, out,
-                token_scalars);
+  return Submit(ParseCombine, ordinal, run, site, comm, y, row_weights, row_scalars, tables, ticket,
+                out, token_scalars);
 }
 XLA_FFI_DEFINE_HANDLER(kCombine, Combine, BindCombine(BindCall()));
+
+// A sending half, which here sends nothing: the receiving half does all of the op. So it only
+// checks what it is given.
+template <typename Params, typename... Buffers>
+ffi::Error Start(ffi::ErrorOr<Params> (*parse)(const MoEShape&, Buffers...), int32_t ordinal,
+                 int64_t comm, Buffers... buffers) {
+  const auto communicator = Communicators::Get().Find(comm);
+  if (communicator == nullptr) return Destroyed();
+  if (FindPlace(communicator->spec(), ordinal).rank < 0) return NotAMember(ordinal);
+  const ffi::ErrorOr<Params> params = parse(communicator->spec().shape, buffers...);
+  if (params.has_error()) return params.error();
+  std::fill_n(params.value().ticket, kTicketSize, 0);
+  return ffi::Error::Success();
+}
+
+ffi::Error DispatchStart(int32_t ordinal, int64_t comm, int64_t block, int64_t quant_dtype,
+                         int64_t scale_dtype, Ints topk_ids, ffi::AnyBuffer x, Floats weights,
+                         ffi::AnyBuffer scales, Ints tables, IntsOut ticket) {
+  return Start(ParseDispatchStart, ordinal, comm, block, quant_dtype, scale_dtype, topk_ids, x,
+               weights, scales, tables, ticket);
+}
+XLA_FFI_DEFINE_HANDLER(kDispatchStart, DispatchStart,
+                       BindDispatchStart(ffi::Ffi::Bind().Ctx<ffi::DeviceOrdinal>()));
+
+ffi::Error CombineStart(int32_t ordinal, int64_t comm, int64_t num_tokens, ffi::AnyBuffer y,
+                        Floats row_weights, Ints tables, IntsOut ticket) {
+  return Start(ParseCombineStart, ordinal, comm, num_tokens, y, row_weights, tables, ticket);
+}
+XLA_FFI_DEFINE_HANDLER(kCombineStart, CombineStart,
+                       BindCombineStart(ffi::Ffi::Bind().Ctx<ffi::DeviceOrdinal>()));
 
 // The communicator as Python holds it; the registry holds it for the handlers.
 class PyCommunicator {
@@ -182,6 +213,9 @@ nb::dict Registrations() {
   add("jax_ep_dispatch", +kDispatch);
   add("jax_ep_dispatch_cached", +kDispatchCached);
   add("jax_ep_combine", +kCombine);
+  // These wait for nobody.
+  targets["jax_ep_dispatch_start"] = Capsule(+kDispatchStart);
+  targets["jax_ep_combine_start"] = Capsule(+kCombineStart);
   return targets;
 }
 

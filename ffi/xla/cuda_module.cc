@@ -32,28 +32,42 @@ ffi::Error Launch(ffi::ErrorOr<Params> (*parse)(const MoEShape&, Buffers...),
 }
 
 ffi::Error Dispatch(int32_t ordinal, cudaStream_t stream, int64_t comm, int64_t fill, Ints topk_ids,
-                    ffi::AnyBuffer x, Floats weights, ffi::AnyBuffer scales, IntsOut tables,
-                    IntsOut num_tokens_per_expert, IntsOut offsets, IntsOut num_dropped,
-                    IntsOut recv_topk_ids, AnyOut tokens, FloatsOut row_scalars,
-                    AnyOut row_scales) {
+                    ffi::AnyBuffer x, Floats weights, ffi::AnyBuffer scales, Ints ticket,
+                    IntsOut tables, IntsOut num_tokens_per_expert, IntsOut offsets,
+                    IntsOut num_dropped, IntsOut recv_topk_ids, AnyOut tokens,
+                    FloatsOut row_scalars, AnyOut row_scales) {
   return Launch(ParseDispatch, &cuda::Communicator::Dispatch, ordinal, stream, comm, fill, topk_ids,
-                x, weights, scales, tables, num_tokens_per_expert, offsets, num_dropped,
+                x, weights, scales, ticket, tables, num_tokens_per_expert, offsets, num_dropped,
                 recv_topk_ids, tokens, row_scalars, row_scales);
 }
 
 ffi::Error DispatchCached(int32_t ordinal, cudaStream_t stream, int64_t comm, int64_t fill,
                           ffi::AnyBuffer x, Floats weights, ffi::AnyBuffer scales, Ints tables,
-                          ffi::AnyBuffer y, Floats row_weights, AnyOut tokens,
+                          ffi::AnyBuffer y, Floats row_weights, Ints ticket, AnyOut tokens,
                           FloatsOut row_scalars, AnyOut row_scales) {
   return Launch(ParseDispatchCached, &cuda::Communicator::DispatchCached, ordinal, stream, comm,
-                fill, x, weights, scales, tables, y, row_weights, tokens, row_scalars, row_scales);
+                fill, x, weights, scales, tables, y, row_weights, ticket, tokens, row_scalars,
+                row_scales);
 }
 
 ffi::Error Combine(int32_t ordinal, cudaStream_t stream, int64_t comm, ffi::AnyBuffer y,
-                   Floats row_weights, Floats row_scalars, Ints tables, AnyOut out,
+                   Floats row_weights, Floats row_scalars, Ints tables, Ints ticket, AnyOut out,
                    FloatsOut token_scalars) {
-  return Launch(ParseCombine, &cuda::Communicator::Combine, ordinal, stream, comm, y, row_weights,
-                row_scalars, tables, out, token_scalars);
+  return Launch<CombineParams>(ParseCombine, &cuda::Communicator::Combine, ordinal, stream, comm, y,
+                               row_weights, row_scalars, tables, ticket, out, token_scalars);
+}
+
+ffi::Error DispatchStart(int32_t ordinal, cudaStream_t stream, int64_t comm, int64_t block,
+                         int64_t quant_dtype, int64_t scale_dtype, Ints topk_ids, ffi::AnyBuffer x,
+                         Floats weights, ffi::AnyBuffer scales, Ints tables, IntsOut ticket) {
+  return Launch(ParseDispatchStart, &cuda::Communicator::DispatchStart, ordinal, stream, comm,
+                block, quant_dtype, scale_dtype, topk_ids, x, weights, scales, tables, ticket);
+}
+
+ffi::Error CombineStart(int32_t ordinal, cudaStream_t stream, int64_t comm, int64_t num_tokens,
+                        ffi::AnyBuffer y, Floats row_weights, Ints tables, IntsOut ticket) {
+  return Launch(ParseCombineStart, &cuda::Communicator::CombineStart, ordinal, stream, comm,
+                num_tokens, y, row_weights, tables, ticket);
 }
 
 ffi::Error TooFewRanks() {
@@ -91,6 +105,10 @@ XLA_FFI_DEFINE_HANDLER(kDispatch, Dispatch, BindDispatch(BindCall()),
 XLA_FFI_DEFINE_HANDLER(kDispatchCached, DispatchCached, BindDispatchCached(BindCall()),
                        {ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER(kCombine, Combine, BindCombine(BindCall()),
+                       {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(kDispatchStart, DispatchStart, BindDispatchStart(BindCall()),
+                       {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(kCombineStart, CombineStart, BindCombineStart(BindCall()),
                        {ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER(kCeilingStores, CeilingStores,
                        BindCall()
@@ -149,6 +167,8 @@ nb::dict Registrations() {
   targets["jax_ep_dispatch"] = Capsule(+kDispatch);
   targets["jax_ep_dispatch_cached"] = Capsule(+kDispatchCached);
   targets["jax_ep_combine"] = Capsule(+kCombine);
+  targets["jax_ep_dispatch_start"] = Capsule(+kDispatchStart);
+  targets["jax_ep_combine_start"] = Capsule(+kCombineStart);
   targets["jax_ep_ceiling_stores"] = Capsule(+kCeilingStores);
   targets["jax_ep_ceiling_flags"] = Capsule(+kCeilingFlags);
   return targets;

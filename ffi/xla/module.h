@@ -56,11 +56,12 @@ inline void BindSpecs(nb::module_& m) {
           "__init__",
           [](CommunicatorSpec* self, int64_t id, const MoEShape& shape, const Members& groups,
              int32_t process, double timeout_s, int32_t num_sms, Pair dispatch_blocks,
-             Pair combine_blocks) {
+             Pair combine_blocks, int32_t max_requests) {
             const BlockCounts dispatch{dispatch_blocks.first, dispatch_blocks.second};
             const BlockCounts combine{combine_blocks.first, combine_blocks.second};
             new (self)
                 CommunicatorSpec{id, shape, {}, process, timeout_s, num_sms, dispatch, combine};
+            self->max_requests = max_requests;
             for (const auto& members : groups) {
               Group& group = self->groups.emplace_back();
               for (const auto& [member_process, ordinal] : members)
@@ -69,7 +70,7 @@ inline void BindSpecs(nb::module_& m) {
           },
           nb::kw_only(), nb::arg("id"), nb::arg("shape"), nb::arg("groups"), nb::arg("process"),
           nb::arg("timeout_s"), nb::arg("num_sms"), nb::arg("dispatch_blocks"),
-          nb::arg("combine_blocks"));
+          nb::arg("combine_blocks"), nb::arg("max_requests"));
 }
 
 // code, rank, expected, got, and for a timeout its text.

@@ -1,21 +1,21 @@
-"""Programs side by side: a dispatch beside a matrix product, without command buffers, and with fewer blocks."""
+"""Programs side by side: ops beside compute, and around it, without command buffers, and with fewer blocks."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import compute_on
+from jax import lax
 
-from jax_ep.bench.layer import Layer
+from jax_ep._ffi import on_collective_stream
+from jax_ep.bench.layer import Layer, Received
 from jax_ep.bench.ops import Op, all_ops
 from jax_ep.bench.problem import Problem
 from jax_ep.bench.results import Comparison, Row, Times, first_line
 from jax_ep.bench.rows import measure_op
 from jax_ep.bench.timing import OUR_CALLS, measure
-from jax_ep.bench.verify import expect_equal
+from jax_ep.bench.verify import Expected, expect_equal
 
 FEW_BLOCKS = 32
 # Half a millisecond of an H200.
@@ -25,10 +25,14 @@ _ELEMENTWISE_STEPS = 12
 
 
 def measure_all(problem: Problem, rows: list[Row]) -> Iterator[Comparison]:
-    if not problem.workload.low_latency:
+    if problem.workload.low_latency:
+        with Problem(problem.workload, problem.mesh, max_requests=1) as in_halves:
+            yield from measure_halves(in_halves)
+    else:
         yield from measure_few_blocks(problem, rows)
-        with Problem(problem.workload, problem.mesh, num_sms=FEW_BLOCKS) as few:
+        with Problem(problem.workload, problem.mesh, num_sms=FEW_BLOCKS, max_requests=1) as few:
             yield from measure_overlap(few)
+            yield from measure_halves(few)
     yield from measure_command_buffers(problem)
 
 
@@ -40,9 +44,8 @@ def measure_overlap(problem: Problem) -> Iterator[Comparison]:
     """
     layer, op = Layer(problem.comm), _op(problem, "dispatch, cached handle")
     a, b = _product_operands(problem)
-    serial = {"xla_gpu_enable_command_buffer": ""} if problem.mesh.devices.flat[0].platform == "gpu" else {}
+    serial = _without_command_buffers(problem)
 
-    # Of what runs on another stream XLA waits for the first result when it takes a second: there must be one only.
     def dispatch(weights, x, handle):
         return layer.cached(weights, x, handle)[0]
 
@@ -59,7 +62,7 @@ def measure_overlap(problem: Problem) -> Iterator[Comparison]:
             return lambda changing, x, handle, b: (dispatch(changing[0], x, handle), compute(changing[1], b))
 
         yield (beside := time(f"{name} alone", compute, a, b))
-        longer = max(alone, beside, key=lambda comparison: comparison.times.median if comparison.times else 0.0)
+        longer = _longer(alone, beside)
         for how, fn in (
             ("in one program", dispatch),
             ("dispatch on XLA's collective stream", on_collective_stream(dispatch)),
@@ -68,17 +71,40 @@ def measure_overlap(problem: Problem) -> Iterator[Comparison]:
             yield together.against("the longer alone", longer.times)
 
 
-def on_collective_stream(fn: Callable) -> Callable:
-    """`fn`, which XLA for GPUs then runs beside its compute stream; fails where this jax has no such thing."""
+def measure_halves(problem: Problem) -> Iterator[Comparison]:
+    """Compute between the halves of an op, against the same one after the other, and against the longer of the two
+    alone. Without command buffers."""
+    layer, expected = Layer(problem.comm), Expected(problem)
+    a = problem.random(problem.x.shape, seed=4)
 
-    def wrapped(*args):
-        # A function that transforms since jax 0.11.1, a context manager before.
-        transforms = "out_memory_spaces" in inspect.signature(compute_on.compute_on).parameters
-        transform = compute_on.compute_on if transforms else compute_on.compute_on2
-        space = jax.memory.Space.Device
-        return transform(fn, compute_type="gpu_stream:collective", out_memory_spaces=space)(*args)
+    def time(name: str, fn: Callable, changing, *fixed, verify=lambda out: None, kept=None) -> Comparison:
+        how = dict(marker=OUR_CALLS, compiler_options=_without_command_buffers(problem), verify=verify, kept=kept)
+        return _comparison(name, lambda: measure(fn, problem.mesh, changing, fixed, **how))
 
-    return wrapped
+    yield (compute := time("elementwise alone", lambda a: _elementwise(a, None), a))
+    for name, start, finish in (
+        ("dispatch, fresh routing", layer.start_fresh, lambda request: Received.of(*request.wait())),
+        ("combine, weighted", layer.start_combine, lambda request: request.wait()),
+    ):
+        op = _op(problem, name)
+
+        def whole(changing, *fixed, op=op):
+            out, a = lax.optimization_barrier((op.fn(changing[0], *fixed), changing[1]))
+            return out, _elementwise(a, None)
+
+        def halves(changing, *fixed, start=start, finish=finish):
+            request, computed = lax.optimization_barrier((start(changing[0], *fixed), _elementwise(changing[1], None)))
+            return finish(request), computed
+
+        both = dict(
+            verify=lambda out, op=op: op.verify(expected, out[0]),
+            kept=op.kept and (lambda out, op=op: (op.kept(out[0]), out[1])),
+        )
+        yield (alone := time(f"{name}, alone", op.fn, op.changing, *op.fixed, kept=op.kept))
+        yield (one_by_one := time(f"{name}, then elementwise", whole, (op.changing, a), *op.fixed, **both))
+        between = time(f"{name}, elementwise between its halves", halves, (op.changing, a), *op.fixed, **both)
+        yield between.against("one after the other", one_by_one.times)
+        yield between.against("the longer alone", _longer(alone, compute).times)
 
 
 def measure_command_buffers(problem: Problem) -> Iterator[Comparison]:
@@ -137,6 +163,14 @@ def _comparison(name: str, time: Callable[[], Times]) -> Comparison:
         return Comparison(name, time(), None)
     except Exception as error:  # the others are worth having
         return Comparison(name, None, first_line(error))
+
+
+def _longer(one: Comparison, other: Comparison) -> Comparison:
+    return max(one, other, key=lambda comparison: comparison.times.median if comparison.times else 0.0)
+
+
+def _without_command_buffers(problem: Problem) -> dict[str, str]:
+    return {"xla_gpu_enable_command_buffer": ""} if problem.mesh.devices.flat[0].platform == "gpu" else {}
 
 
 def _product(a, b):

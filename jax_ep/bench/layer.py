@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jax_ep import DispatchHandle, DispatchOutput, MoECommunicator, QuantConfig
+from jax_ep import CombineRequest, DispatchHandle, DispatchOutput, DispatchRequest, MoECommunicator, QuantConfig
 from jax_ep.bench.problem import unstacked
 
 _QUANT_BLOCK = 128
@@ -85,8 +85,15 @@ class Layer:
         out, new = self._comm.dispatch(x, None, weights, previous_handle=unstacked(handle))
         return out.tokens, new.row_weights
 
+    def start_fresh(self, changing, x) -> DispatchRequest:
+        topk_ids, weights = changing
+        return self._comm.dispatch_async(x, topk_ids, weights)
+
     def combine(self, row_weights, y, handle):
         return self._comm.combine(y, dataclasses.replace(unstacked(handle), row_weights=row_weights))
+
+    def start_combine(self, row_weights, y, handle) -> CombineRequest:
+        return self._comm.combine_async(y, dataclasses.replace(unstacked(handle), row_weights=row_weights))
 
     def dispatch_backward(self, row_gradients, gradients, x, weights, handle):
         pull = jax.vjp(lambda x, w: self.cached(w, x, handle), x, weights)[1]

@@ -46,6 +46,11 @@ class Mirror {
     copies_.push_back({from, device, bytes, std::is_const_v<T>});
     return static_cast<T*>(device);
   }
+  // Puts back what was there before anything was written.
+  void Reset() {
+    for (const Copy& copy : copies_)
+      Check(cudaMemcpy(copy.device, copy.host, copy.bytes, cudaMemcpyHostToDevice), "upload");
+  }
   void Download() {
     for (const Copy& copy : copies_)
       if (!copy.read_only)
@@ -148,6 +153,28 @@ class Streams {
       Check(cudaStreamCreateWithFlags(&streams_[gpu], cudaStreamNonBlocking), "cudaStreamCreate");
     }
   }
+  // The sending half of an op, and the op as the receiving half of that.
+  std::string Start(cuda::Communicator& communicator, int rank, const FreshDispatchParams& p,
+                    int32_t* ticket) {
+    return Start(communicator, rank, p.dispatch, p.route.topk_ids, ticket);
+  }
+  std::string Start(cuda::Communicator& communicator, int rank, const DispatchParams& p,
+                    int32_t* ticket) {
+    return Start(communicator, rank, p, nullptr, ticket);
+  }
+  std::string Start(cuda::Communicator& communicator, int rank, const CombineParams& p,
+                    int32_t* ticket) {
+    return communicator.CombineStart(rank, {p, ticket}, streams_[rank]);
+  }
+  static FreshDispatchParams WithTicket(FreshDispatchParams p, const int32_t* ticket) {
+    p.dispatch.ticket = ticket;
+    return p;
+  }
+  template <typename Params>
+  static Params WithTicket(Params p, const int32_t* ticket) {
+    p.ticket = ticket;
+    return p;
+  }
   std::string Launch(cuda::Communicator& communicator, int rank, const FreshDispatchParams& p) {
     return communicator.Dispatch(rank, p, streams_[rank]);
   }
@@ -159,14 +186,27 @@ class Streams {
   }
 
  private:
+  std::string Start(cuda::Communicator& communicator, int rank, const DispatchParams& p,
+                    const int32_t* topk_ids, int32_t* ticket) {
+    DispatchParams sent = p;
+    sent.tokens = sent.row_scalars = nullptr;
+    sent.quant.row_scales = nullptr;
+    if (topk_ids != nullptr) sent.tables = {};
+    return communicator.DispatchStart(rank, {topk_ids, sent, ticket}, streams_[rank]);
+  }
+
   std::vector<cudaStream_t> streams_;
 };
 
 using Walks = std::vector<std::unique_ptr<RankWalk>>;
 
-// One op of all ranks: all are started before any is waited for.
+constexpr int kMaxRequests = 2;
+
+// One op of all ranks: all are started before any is waited for. With `last`, by halves: more
+// requests than can be in flight are sent, so that one is refused; one is received once more; and
+// the results are those of the one that is received last, 0 to kMaxRequests + 1.
 void RunStep(cuda::Communicator& communicator, Streams& streams, const MoEShape& shape,
-             Walks& walks, Step step) {
+             Walks& walks, Step step, int last) {
   std::vector<CudaParams> on_device;
   std::vector<std::unique_ptr<Mirror>> mirrors;
   for (int rank = 0; rank < shape.num_ranks; ++rank) {
@@ -177,10 +217,46 @@ void RunStep(cuda::Communicator& communicator, Streams& streams, const MoEShape&
     // The copy of an upload may still be under way, on a stream that ours do not wait for.
     Check(cudaDeviceSynchronize(), "uploads");
   }
-  for (int rank = 0; rank < shape.num_ranks; ++rank) {
-    const std::string error = std::visit(
-        [&](const auto& p) { return streams.Launch(communicator, rank, p); }, on_device[rank]);
-    if (!error.empty()) Fail("%s: %s", Describe(shape).c_str(), error.c_str());
+  const auto for_all = [&](const auto& launch) {
+    for (int rank = 0; rank < shape.num_ranks; ++rank) {
+      const std::string error =
+          std::visit([&](const auto& p) { return launch(rank, p); }, on_device[rank]);
+      if (!error.empty()) Fail("%s: %s", Describe(shape).c_str(), error.c_str());
+    }
+  };
+  if (last < 0) {
+    for_all([&](int rank, const auto& p) { return streams.Launch(communicator, rank, p); });
+  } else {
+    std::vector<std::vector<int32_t>> host(shape.num_ranks);
+    std::vector<int32_t*> tickets;
+    for (int rank = 0; rank < shape.num_ranks; ++rank) {
+      Check(cudaSetDevice(rank), "cudaSetDevice");
+      host[rank].assign(2 * (kMaxRequests + 1), -7);
+      // A mirror of its own, which is not reset.
+      mirrors.push_back(std::make_unique<Mirror>());
+      tickets.push_back((*mirrors.back())(host[rank].data(), host[rank].size() * 4));
+      Check(cudaDeviceSynchronize(), "uploads");
+    }
+    for (int request = 0; request <= kMaxRequests; ++request)
+      for_all([&](int rank, const auto& p) {
+        return streams.Start(communicator, rank, p, tickets[rank] + 2 * request);
+      });
+    // The first request is received twice.
+    constexpr int kReceives = kMaxRequests + 2;
+    for (int i = 1; i <= kReceives; ++i) {
+      const int request = (last + i) % kReceives % (kMaxRequests + 1);
+      if (i == kReceives)
+        for (int rank = 0; rank < shape.num_ranks; ++rank) {
+          Check(cudaSetDevice(rank), "cudaSetDevice");
+          Check(cudaDeviceSynchronize(), "receiving halves");
+          mirrors[rank]->Reset();
+          Check(cudaDeviceSynchronize(), "uploads");
+        }
+      for_all([&](int rank, const auto& p) {
+        return streams.Launch(communicator, rank,
+                              Streams::WithTicket(p, tickets[rank] + 2 * request));
+      });
+    }
   }
   for (int rank = 0; rank < shape.num_ranks; ++rank) {
     Check(cudaSetDevice(rank), "cudaSetDevice");
@@ -189,12 +265,18 @@ void RunStep(cuda::Communicator& communicator, Streams& streams, const MoEShape&
   }
 }
 
-void RunLayer(cuda::Communicator& communicator, Streams& streams, const Layer& layer) {
+void RunLayer(cuda::Communicator& communicator, Streams& streams, const Layer& layer,
+              Random& random) {
   Walks walks;
   for (int rank = 0; rank < layer.shape.num_ranks; ++rank)
     walks.push_back(std::make_unique<RankWalk>(layer, rank));
-  for (const Step step : {Step::kFresh, Step::kCached, Step::kScaled, Step::kCombine})
-    RunStep(communicator, streams, layer.shape, walks, step);
+  for (const Step step : {Step::kFresh, Step::kCached, Step::kScaled, Step::kCombine}) {
+    // What only gradients need has no halves, nor do no tokens, which no program asks for.
+    const bool has_halves = layer.num_tokens > 0 && step != Step::kScaled &&
+                            !(step == Step::kCombine && layer.returns_scalars);
+    const int last = has_halves ? Between(random, -10, kMaxRequests + 1) : -1;
+    RunStep(communicator, streams, layer.shape, walks, step, last);
+  }
   for (const auto& walk : walks) walk->Check();
   const ErrorRecord error = communicator.TakeError();
   if (error.code != layer.error.code)
@@ -237,13 +319,14 @@ int Main(int shapes, int only_ranks) {
       const MoEShape shape = DrawCudaShape(ranks, random);
       CommunicatorSpec spec;
       spec.shape = shape;
+      spec.max_requests = kMaxRequests;
       spec.groups.emplace_back();
       for (int rank = 0; rank < ranks; ++rank) spec.groups[0].push_back({0, rank});
       cuda::Communicator communicator(spec);
       if (const std::string error = communicator.Prepare(); !error.empty())
         Fail("%s", error.c_str());
       for (const Layer& layer : DrawLayers(shape, 6, random, kAllFeatures))
-        if (Fits(layer)) RunLayer(communicator, streams, layer);
+        if (Fits(layer)) RunLayer(communicator, streams, layer, random);
     }
     std::printf("%d ranks: %d passed\n", ranks, shapes);
     std::fflush(stdout);

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
+#include <limits>
 
 #include "emulator.h"
 
@@ -115,6 +116,9 @@ inline uint8_t CvtFp8(float x, int mantissa_bits, int bias, float largest) {
   const int steps =
       static_cast<int>(std::nearbyint(std::ldexp(magnitude, mantissa_bits - exponent)));
   return sign | static_cast<uint8_t>(((exponent + bias - 1) << mantissa_bits) + steps);
+}
+inline float max_nan(float a, float b) {
+  return std::isnan(a) || std::isnan(b) ? std::numeric_limits<float>::quiet_NaN() : std::max(a, b);
 }
 inline uint32_t min_u16x2(uint32_t a, uint32_t b) {
   return std::min(a & 0xffff, b & 0xffff) | std::min(a >> 16, b >> 16) << 16;
