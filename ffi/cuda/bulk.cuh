@@ -59,6 +59,36 @@ class RowBuffer {
     }
   }
 
+  // A row of at most kVectors can also be put together here, and parts of it stored.
+  static __device__ bool Fits(int64_t bytes) { return bytes <= kVectors * int64_t{sizeof(int4)}; }
+  // Copies `bytes` here, and so many more behind them from elsewhere.
+  __device__ void Load(const void* from, uint32_t bytes, const void* behind = nullptr,
+                       uint32_t bytes_behind = 0) {
+    WaitForRoom();
+    if (threadIdx.x % 32 == 0) {
+      ptx::mbarrier_arrive_expect_tx(loaded_, bytes + bytes_behind);
+      ptx::cp_async_bulk_load(data_, from, bytes, loaded_);
+      if (bytes_behind != 0)
+        ptx::cp_async_bulk_load(data_ + bytes / sizeof(int4), behind, bytes_behind, loaded_);
+    }
+    ptx::mbarrier_wait_parity(loaded_, parity_);
+    parity_ ^= 1;
+  }
+  // Has `make` write here, by all lanes.
+  template <typename F>
+  __device__ void Make(const F& make) {
+    WaitForRoom();
+    make(reinterpret_cast<std::byte*>(data_));
+    ptx::fence_proxy_async();
+    __syncwarp();
+  }
+  // Stores bytes from `offset` on to the `to` of each lane that has one.
+  __device__ void StorePart(void* to, int64_t offset, int64_t bytes) const {
+    if (to != nullptr)
+      ptx::cp_async_bulk_store(to, data_ + offset / static_cast<int64_t>(sizeof(int4)),
+                               static_cast<uint32_t>(bytes));
+  }
+
   // Fills the buffer, up to a row's length, for Store.
   __device__ void Fill(const int4& value, int vectors) {
     WaitForRoom();

@@ -18,21 +18,50 @@ namespace {
 constexpr int kThreads = 2 * kTeamThreads;
 constexpr int kWarps = kThreads / 32;
 
-// One warp copies a token into the windows of all its destinations, reading it once. X is the type
-// of elements that are quantised on the way, or void.
+// Whether elements and scales of a quantised row are moved together, through the warp's buffer.
+__device__ bool IsPacked(const MoEShape& shape, const DispatchParams& p) {
+  return p.quant.block != 0 && p.scale_row_bytes(shape) % 16 == 0 &&
+         RowBuffer::Fits(p.row_bytes(shape) + p.scale_row_bytes(shape));
+}
+
+// Puts a quantised row together in the buffer, the scales behind the elements as in a window. X is
+// the type of elements that are quantised on the way, or void.
+template <typename X>
+__device__ void Assemble(const MoEShape& shape, const DispatchParams& p, const TokenSource& from,
+                         RowBuffer& buffer) {
+  if constexpr (!std::is_void_v<X>) {
+    if (from.is_own)
+      return buffer.Make([&](std::byte* row) {
+        QuantRows to;
+        to.count = 1;
+        to.rows[0] = {row, row + shape.hidden_size};
+        QuantiseRow(p.quant, reinterpret_cast<const X*>(from.row), shape.hidden_size, 0, 1, to);
+      });
+  }
+  const int64_t row_bytes = p.row_bytes(shape), scale_bytes = p.scale_row_bytes(shape);
+  if (from.is_own)
+    buffer.Load(from.row, row_bytes, from.scales, scale_bytes);
+  else
+    buffer.Load(from.row, row_bytes + scale_bytes);
+}
+
+// One warp copies a token into the windows of all its destinations, reading it once. X is as above.
 template <typename X>
 __device__ void SendToken(const MoEShape& shape, const Arena& arena, const DispatchParams& p,
                           const int32_t* topk_ids, uint32_t epoch, int64_t token,
                           RowBuffer& buffer) {
   const int lane = threadIdx.x % 32;
-  const int rank = DestinationOfLane(shape, p, topk_ids, token);
+  const int rank = DestinationOfLane(shape, topk_ids, EntryOfLane(shape, p, topk_ids, token));
   const bool sends = rank >= 0 && rank != arena.rank;
   const unsigned lanes = __ballot_sync(kAllLanes, sends);
   if (lanes == 0) return;
   int4* const window = sends ? arena.Row(epoch, rank, arena.rank, token) : nullptr;
   const TokenSource from(shape, arena, p, epoch, arena.rank, token);
   const float weight = WeightOfLane(shape, p, from);
-  if constexpr (!std::is_void_v<X>) {
+  if (IsPacked(shape, p)) {
+    Assemble<X>(shape, p, from, buffer);
+    buffer.StorePart(window, 0, p.row_bytes(shape) + p.scale_row_bytes(shape));
+  } else if constexpr (!std::is_void_v<X>) {
     QuantiseInto<X>(shape, p, from.row, 0, 1, lanes, reinterpret_cast<uint64_t>(window),
                     [&](uint64_t to) { return InWindow(shape, reinterpret_cast<int4*>(to)); });
   } else {
@@ -77,8 +106,8 @@ __device__ void Send(const MoEShape& shape, const Arena& arena, const Team& team
   if (unannounced >= 0) Announce(arena, team, epoch, unannounced);
 }
 
-// Gives arrived tokens to their rows: copies, a warp per token. X as for SendToken: own tokens have
-// not been quantised yet.
+// Gives arrived tokens to their rows: copies, a warp per token. X as above: own tokens have not
+// been quantised yet.
 template <typename X>
 class Expander {
  public:
@@ -95,7 +124,13 @@ class Expander {
     if (lanes == 0) return;
     if (!arrived) return PoisonRows(shape, p, row);
     const float weight = WeightOfLane(shape, p, from);
-    if (!std::is_void_v<X> && from.is_own) {
+    if (IsPacked(shape, p)) {
+      Assemble<X>(shape, p, from, buffer_);
+      const QuantRow to = InOutput(shape, p, max(row, 0));
+      buffer_.StorePart(row >= 0 ? to.elements : nullptr, 0, p.row_bytes(shape));
+      buffer_.StorePart(row >= 0 ? to.scales : nullptr, p.row_bytes(shape),
+                        p.scale_row_bytes(shape));
+    } else if (!std::is_void_v<X> && from.is_own) {
       QuantiseInto<X>(shape, p, from.row, 0, 1, lanes, row,
                       [&](int32_t to) { return InOutput(shape, p, to); });
     } else {

@@ -34,13 +34,19 @@ __device__ inline int ScalarsPerRow(const MoEShape& shape, const DispatchParams&
   return p.y != nullptr ? 1 : shape.weights_per_row();
 }
 
-// The ranks that a token goes to, one in each of some lanes of the warp and -1 in the others.
-__device__ inline int DestinationOfLane(const MoEShape& shape, const DispatchParams& p,
-                                        const int32_t* topk_ids, int64_t token) {
+// What says where a token goes, an entry in each lane: to be read early.
+__device__ __forceinline__ int EntryOfLane(const MoEShape& shape, const DispatchParams& p,
+                                           const int32_t* topk_ids, int64_t token) {
   const int lane = threadIdx.x % 32;
-  if (topk_ids == nullptr)
-    return lane < shape.topk ? p.tables.send_ranks[token * shape.topk + lane] : -1;
-  const int id = lane < shape.topk ? topk_ids[token * shape.topk + lane] : -1;
+  const int32_t* entries = topk_ids != nullptr ? topk_ids : p.tables.send_ranks;
+  return lane < shape.topk ? entries[token * shape.topk + lane] : -1;
+}
+// The ranks that a token of these entries goes to, one in each of some lanes of the warp and -1 in
+// the others.
+__device__ __forceinline__ int DestinationOfLane(const MoEShape& shape, const int32_t* topk_ids,
+                                                 int entry) {
+  if (topk_ids == nullptr) return entry;
+  const int lane = threadIdx.x % 32, id = entry;
   const int rank = IsExpert(shape, id) ? id / shape.local_experts() : -1;
   const unsigned same = __match_any_sync(kAllLanes, rank);
   return lane == __ffs(same) - 1 ? rank : -1;

@@ -16,24 +16,29 @@
 namespace jax_ep::cuda {
 namespace {
 
-// Vectors of a row that a thread holds at a time: a squad holds a row of 7168 16-bit elements.
-constexpr int kHeld = 7;
+// Few vectors in a row: more rows at a time.
+using Pair = TeamOf<64>;
+
+// Vectors of a row that a thread holds at a time: a squad holds a row of 7168 16-bit elements, a
+// pair of warps one of as many 8-bit ones with its scales.
+template <typename Team>
+constexpr int kHeld = Team::kThreads == Pair::kThreads ? 8 : 7;
 
 // This thread's vectors of a row, from vector `begin` on. Of a window they may have come from a
 // peer.
 template <typename Team>
 __device__ __forceinline__ void Load(const Team& team, const int4* row, int begin, int vectors,
-                                     int4 (&v)[kHeld]) {
+                                     int4 (&v)[kHeld<Team>]) {
 #pragma unroll
-  for (int u = 0; u < kHeld; ++u)
+  for (int u = 0; u < kHeld<Team>; ++u)
     if (const int at = begin + u * Team::kThreads + team.thread; at < vectors)
       v[u] = ptx::ld_no_allocate(row + at);
 }
 template <typename Team>
 __device__ __forceinline__ void Store(const Team& team, int4* row, int begin, int vectors,
-                                      const int4 (&v)[kHeld]) {
+                                      const int4 (&v)[kHeld<Team>]) {
 #pragma unroll
-  for (int u = 0; u < kHeld; ++u)
+  for (int u = 0; u < kHeld<Team>; ++u)
     if (const int at = begin + u * Team::kThreads + team.thread; at < vectors)
       ptx::st_no_allocate(row + at, v[u]);
 }
@@ -42,14 +47,10 @@ __device__ __forceinline__ void Store(const Team& team, int4* row, int begin, in
 // are quantised on the way, or void.
 template <typename X>
 __device__ void SendToken(const MoEShape& shape, const Arena& arena, const Squad& squad,
-                          const DispatchParams& p, const int32_t* topk_ids, uint32_t epoch,
-                          int64_t token) {
+                          const DispatchParams& p, uint32_t epoch, int64_t token, int rank,
+                          int4 (&v)[kHeld<Squad>]) {
   const TokenSource from(shape, arena, p, epoch, arena.rank, token);
   const int vectors = NumRowVectors(shape, p);
-  int4 v[kHeld];
-  // Before it is known where to: all wait for memory together.
-  if constexpr (std::is_void_v<X>) Load(squad, from.row, 0, vectors, v);
-  const int rank = DestinationOfLane(shape, p, topk_ids, token);
   const bool sends = rank >= 0 && rank != arena.rank;
   const unsigned lanes = __ballot_sync(kAllLanes, sends);
   if (lanes == 0) return;  // the same in all warps
@@ -61,7 +62,7 @@ __device__ void SendToken(const MoEShape& shape, const Arena& arena, const Squad
                     [&](uint64_t to) { return InWindow(shape, reinterpret_cast<int4*>(to)); });
   } else {
     // All lanes take part in every round.
-    for (int begin = 0; begin < vectors; begin += kHeld * Squad::kThreads) {
+    for (int begin = 0; begin < vectors; begin += kHeld<Squad> * Squad::kThreads) {
       if (begin > 0) Load(squad, from.row, begin, vectors, v);
       ForEachLane(lanes, window, [&](uint64_t to) {
         Store(squad, reinterpret_cast<int4*>(to), begin, vectors, v);
@@ -79,15 +80,30 @@ __device__ void SendToken(const MoEShape& shape, const Arena& arena, const Squad
     ptx::st_release_sys(arena.TokenFlag(rank, arena.rank, token), epoch);
 }
 
-// All that a sending block does. With `topk_ids` of a fresh dispatch, else by its tables.
+// All that a sending block does. With `topk_ids` of a fresh dispatch, else by its tables. A token's
+// first vectors are asked for before it is known where to: all wait for memory together.
 template <typename X>
 __device__ void SendAll(const MoEShape& shape, const Arena& arena, const DispatchParams& p,
                         const int32_t* topk_ids, uint32_t epoch, int senders) {
-  if (topk_ids != nullptr) SendIds(shape, arena, topk_ids, p.num_tokens, epoch, senders);
   const Squad squad;
-  for (int64_t token = squad.index * senders + blockIdx.x; token < p.num_tokens;
-       token += senders * kSquads)
-    SendToken<X>(shape, arena, squad, p, topk_ids, epoch, token);
+  int64_t token = squad.index * senders + blockIdx.x;
+  int entry = -1;
+  int4 v[kHeld<Squad>];
+  const auto ask = [&] {
+    if (token >= p.num_tokens) return;
+    entry = EntryOfLane(shape, p, topk_ids, token);
+    if constexpr (std::is_void_v<X>)
+      Load(squad, TokenSource(shape, arena, p, epoch, arena.rank, token).row, 0,
+           NumRowVectors(shape, p), v);
+  };
+  ask();
+  if (topk_ids != nullptr) SendIds(shape, arena, topk_ids, p.num_tokens, epoch, senders);
+  while (token < p.num_tokens) {
+    SendToken<X>(shape, arena, squad, p, epoch, token, DestinationOfLane(shape, topk_ids, entry),
+                 v);
+    token += senders * kSquads;
+    ask();
+  }
 }
 
 // Gives one token to its rows; lane k of every warp of the team holds the k-th.
@@ -100,17 +116,31 @@ __device__ void ExpandToken(const MoEShape& shape, const Team& team, const Dispa
     QuantiseInto<X>(shape, p, from.row, team.warp, Team::kWarps, lanes, row,
                     [&](int32_t to) { return InOutput(shape, p, to); });
   } else {
+    constexpr int kAll = kHeld<Team> * Team::kThreads;
     const int vectors = NumRowVectors(shape, p);
-    for (int begin = 0; begin < vectors; begin += kHeld * Team::kThreads) {
-      int4 v[kHeld];
-      Load(team, from.row, begin, vectors, v);
-      ForEachLane(lanes, row,
-                  [&](int64_t to) { Store(team, OutputRow(shape, p, to), begin, vectors, v); });
-    }
-    if (p.quant.block != 0)
+    const int64_t scale_bytes = p.scale_row_bytes(shape);
+    // Scales that follow the elements are read with them.
+    const bool reads_scales =
+        !from.is_own && scale_bytes % 16 == 0 && vectors + scale_bytes / 16 <= kAll;
+    const int scale_vectors = reads_scales ? static_cast<int>(scale_bytes / 16) : 0;
+    for (int begin = 0; begin < vectors; begin += kAll) {
+      int4 v[kHeld<Team>];
+      Load(team, from.row, begin, vectors + scale_vectors, v);
       ForEachLane(lanes, row, [&](int64_t to) {
-        CopyScales(InOutput(shape, p, to).scales, from.scales, p.scale_row_bytes(shape),
-                   team.thread, Team::kThreads);
+        Store(team, OutputRow(shape, p, to), begin, vectors, v);
+        if (scale_vectors == 0) return;
+        auto* scales = reinterpret_cast<int4*>(InOutput(shape, p, to).scales);
+#pragma unroll
+        for (int u = 0; u < kHeld<Team>; ++u)
+          if (const int at = u * Team::kThreads + team.thread - vectors;
+              at >= 0 && at < scale_vectors)
+            scales[at] = v[u];
+      });
+    }
+    if (scale_bytes > 0 && !reads_scales)
+      ForEachLane(lanes, row, [&](int64_t to) {
+        CopyScales(InOutput(shape, p, to).scales, from.scales, scale_bytes, team.thread,
+                   Team::kThreads);
       });
   }
   if (team.warp == 0) PlaceWeights(shape, p, weight, row);
@@ -250,9 +280,8 @@ __device__ void ReceiveAll(const MoEShape& shape, const Arena& arena, const Rout
         shape, p, receivers, [&](int group) { return int64_t{p.tables.group_offsets[group]}; },
         [&](int group) { return p.tables.group_counts[group]; });
   if (receivers.block >= receivers.copying()) return;
-  // Few vectors in a row: more rows at a time.
   if (!std::is_void_v<X> || p.quant.block != 0)
-    Receive<X, kFresh, TeamOf<64>>(shape, arena, route, p, epoch, routing, code != 0, receivers);
+    Receive<X, kFresh, Pair>(shape, arena, route, p, epoch, routing, code != 0, receivers);
   else
     Receive<X, kFresh, Squad>(shape, arena, route, p, epoch, routing, code != 0, receivers);
 }

@@ -349,7 +349,8 @@ __device__ inline void CountKeptIds(const MoEShape& shape, int me, const RoutePa
 // The table of a token's ranks, ascending, then -1: a warp.
 __device__ inline void FillSendRanks(const MoEShape& shape, const RouteParams& p, int64_t token) {
   const int lane = threadIdx.x % 32;
-  const int rank = DestinationOfLane(shape, DispatchParams{}, p.topk_ids, token);
+  const int entry = lane < shape.topk ? p.topk_ids[token * shape.topk + lane] : -1;
+  const int rank = DestinationOfLane(shape, p.topk_ids, entry);
   int place = 0;
   for (int other = 0; other < shape.topk; ++other) {
     const int theirs = __shfl_sync(kAllLanes, rank, other);

@@ -130,7 +130,7 @@ __device__ __forceinline__ uint32_t NaNScale(const QuantParams& quant) {
   return quant.scale_dtype == ScaleDType::kF32 ? 0x7fc00000u : 0xffu;
 }
 
-// Rows that get the same quantised token at a time.
+// Rows that get the same quantised token at a time; of a window, or of shared memory.
 constexpr int kMaxQuantRows = 4;
 struct QuantRows {
   int count = 0;
@@ -175,8 +175,8 @@ __device__ __forceinline__ void QuantiseBlocks(const QuantParams& quant, const T
 #pragma unroll
       for (int i = 0; i < kMaxQuantRows; ++i) {
         if (i == to.count) break;
-        ptx::st_no_allocate(reinterpret_cast<int4*>(to.rows[i].elements + first),
-                            make_int4(words[0], words[1], words[2], words[3]));
+        *reinterpret_cast<int4*>(to.rows[i].elements + first) =
+            make_int4(words[0], words[1], words[2], words[3]);
         if (lane % lanes == 0)
           StoreScale(quant, to.rows[i].scales, first / kPerQuantLane >> shift, scale.bits);
       }

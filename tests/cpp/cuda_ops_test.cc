@@ -274,7 +274,7 @@ void RunLayer(cuda::Communicator& communicator, Streams& streams, const Layer& l
     // What only gradients need has no halves, nor do no tokens, which no program asks for.
     const bool has_halves = layer.num_tokens > 0 && step != Step::kScaled &&
                             !(step == Step::kCombine && layer.returns_scalars);
-    const int last = has_halves ? Between(random, -10, kMaxRequests + 1) : -1;
+    const int last = has_halves ? Between(random, -20, kMaxRequests + 1) : -1;
     RunStep(communicator, streams, layer.shape, walks, step, last);
   }
   for (const auto& walk : walks) walk->Check();

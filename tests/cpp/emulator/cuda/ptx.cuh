@@ -66,11 +66,12 @@ void cp_async_wait_group() {
   ThisThread().loads.Finish(kPending);
 }
 
-// A barrier holds the load that it waits for.
+// A barrier holds the loads that it waits for, the last one first.
 struct BulkLoad {
   void* to;
   const void* from;
   uint32_t bytes;
+  const BulkLoad* before;
 };
 inline void mbarrier_init(uint64_t* barrier) { *barrier = 0; }
 inline void fence_mbarrier_init() {}
@@ -78,16 +79,17 @@ inline void mbarrier_arrive_expect_tx(uint64_t*, uint32_t) {}
 inline void cp_async_bulk_load(void* shared, const void* global, uint32_t bytes,
                                uint64_t* barrier) {
   ExpectAligned(shared, global, bytes);
-  if (*barrier != 0) std::abort();
-  *barrier = reinterpret_cast<uint64_t>(new BulkLoad{shared, global, bytes});
+  const auto* before = reinterpret_cast<const BulkLoad*>(*barrier);
+  *barrier = reinterpret_cast<uint64_t>(new BulkLoad{shared, global, bytes, before});
 }
 inline void mbarrier_wait_parity(uint64_t* barrier, uint32_t) {
   __syncwarp();  // the lane that loads may not have come yet
-  if (*barrier == 0) return;
-  const auto* load = reinterpret_cast<const BulkLoad*>(*barrier);
-  std::memcpy(load->to, load->from, load->bytes);
-  delete load;
-  *barrier = 0;
+  while (*barrier != 0) {
+    const auto* load = reinterpret_cast<const BulkLoad*>(*barrier);
+    std::memcpy(load->to, load->from, load->bytes);
+    *barrier = reinterpret_cast<uint64_t>(load->before);
+    delete load;
+  }
 }
 inline void cp_async_bulk_store(void* global, const void* shared, uint32_t bytes) {
   ExpectAligned(global, shared, bytes);
