@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import compute_on
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jax_ep.types import DispatchLayout
+from jax_ep.types import DispatchLayout, MoEMode
 
 # Values are part of the contract with ffi/common/layout.h.
 DTYPES = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3}
@@ -242,9 +242,13 @@ def _start(name: str, spec, like, operands, **attributes: int) -> jax.Array:
 
 
 def _beside_compute(spec, send: Callable) -> Callable:
-    """`send`, beside XLA's compute stream where there is one and this jax can say so."""
-    on_gpu = spec.communicator.config.implementation == "cuda"
-    return on_collective_stream(send) if on_gpu and _COMPUTE_ON_TRANSFORMS else send
+    """`send`, beside XLA's compute stream where there is one and this jax can say so.
+
+    Not in mode LOW_LATENCY, where streams that wait for each other cost more than they hide.
+    """
+    config = spec.communicator.config
+    overlaps = config.implementation == "cuda" and config.mode is MoEMode.HIGH_THROUGHPUT
+    return on_collective_stream(send) if overlaps and _COMPUTE_ON_TRANSFORMS else send
 
 
 # A function that transforms since jax 0.11.1, a context manager before.

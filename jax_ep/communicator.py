@@ -249,9 +249,10 @@ class MoECommunicator:
           request more than `max_requests`.
         - A request that is not waited for is not even started, since XLA drops it, unless its ticket is used.
 
-        On GPUs the sending half runs beside compute with jax 0.11.1 or newer, `xla_gpu_enable_command_buffer=""`, since
-        command buffers replay one kernel after the other, and a `num_sms` that leaves room. On CPUs the receiving half
-        does all of it.
+        On GPUs, in mode HIGH_THROUGHPUT, the sending half runs beside compute with jax 0.11.1 or newer and
+        `xla_gpu_enable_command_buffer=""`, since command buffers replay one kernel after the other. It takes a few SMs
+        only, see `dispatch_blocks` and `combine_blocks`. In mode LOW_LATENCY nothing but the wait for late peers is
+        hidden. On CPUs the receiving half does all of it.
 
         Args:
           As `dispatch`.

@@ -30,9 +30,10 @@ def measure_all(problem: Problem, rows: list[Row]) -> Iterator[Comparison]:
             yield from measure_halves(in_halves)
     else:
         yield from measure_few_blocks(problem, rows)
-        with Problem(problem.workload, problem.mesh, num_sms=FEW_BLOCKS, max_requests=1) as few:
+        with Problem(problem.workload, problem.mesh, num_sms=FEW_BLOCKS) as few:
             yield from measure_overlap(few)
-            yield from measure_halves(few)
+        with Problem(problem.workload, problem.mesh, max_requests=1) as in_halves:
+            yield from measure_halves(in_halves)
     yield from measure_command_buffers(problem)
 
 
@@ -73,12 +74,13 @@ def measure_overlap(problem: Problem) -> Iterator[Comparison]:
 
 def measure_halves(problem: Problem) -> Iterator[Comparison]:
     """Compute between the halves of an op, against the same one after the other, and against the longer of the two
-    alone. Without command buffers."""
+    alone. In the high-throughput mode without command buffers, which replay one kernel after the other."""
     layer, expected = Layer(problem.comm), Expected(problem)
     a = problem.random(problem.x.shape, seed=4)
 
     def time(name: str, fn: Callable, changing, *fixed, verify=lambda out: None, kept=None) -> Comparison:
-        how = dict(marker=OUR_CALLS, compiler_options=_without_command_buffers(problem), verify=verify, kept=kept)
+        options = {} if problem.workload.low_latency else _without_command_buffers(problem)
+        how = dict(marker=OUR_CALLS, compiler_options=options, verify=verify, kept=kept)
         return _comparison(name, lambda: measure(fn, problem.mesh, changing, fixed, **how))
 
     yield (compute := time("elementwise alone", lambda a: _elementwise(a, None), a))
