@@ -59,7 +59,7 @@ class RowBuffer {
     }
   }
 
-  // A row of at most kVectors can also be changed here, and parts of it stored.
+  // A row of at most kVectors can also be put together here, and parts of it stored.
   static __device__ bool Fits(int64_t bytes) { return bytes <= kVectors * int64_t{sizeof(int4)}; }
   // Copies `bytes` here, and so many more behind them from elsewhere.
   __device__ void Load(const void* from, uint32_t bytes, const void* behind = nullptr,
@@ -74,10 +74,11 @@ class RowBuffer {
     ptx::mbarrier_wait_parity(loaded_, parity_);
     parity_ ^= 1;
   }
-  // Has `change` work on what was loaded, by all lanes.
+  // Has `make` write here, by all lanes.
   template <typename F>
-  __device__ void Change(const F& change) {
-    change(reinterpret_cast<std::byte*>(data_));
+  __device__ void Make(const F& make) {
+    WaitForRoom();
+    make(reinterpret_cast<std::byte*>(data_));
     ptx::fence_proxy_async();
     __syncwarp();
   }

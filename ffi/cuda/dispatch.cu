@@ -20,34 +20,29 @@ constexpr int kWarps = kThreads / 32;
 
 // Whether elements and scales of a quantised row are moved together, through the warp's buffer.
 __device__ bool IsPacked(const MoEShape& shape, const DispatchParams& p) {
-  const int64_t scale_bytes = p.scale_row_bytes(shape);
-  if (p.quant.block == 0 || scale_bytes % 16 != 0) return false;
-  return p.quantises()
-             ? RowBuffer::Fits(shape.row_bytes()) && FitsInPlace(shape, p.quant, scale_bytes)
-             : RowBuffer::Fits(p.row_bytes(shape) + scale_bytes);
+  return p.quant.block != 0 && p.scale_row_bytes(shape) % 16 == 0 &&
+         RowBuffer::Fits(p.row_bytes(shape) + p.scale_row_bytes(shape));
 }
 
-// Brings a quantised row into the buffer, the scales behind the elements as in a window, and
-// returns where in it. X is the type of elements that are quantised on the way, or void.
+// Puts a quantised row together in the buffer, the scales behind the elements as in a window. X is
+// the type of elements that are quantised on the way, or void.
 template <typename X>
-__device__ int64_t LoadPacked(const MoEShape& shape, const DispatchParams& p,
-                              const TokenSource& from, RowBuffer& buffer) {
-  const int64_t row_bytes = p.row_bytes(shape), scale_bytes = p.scale_row_bytes(shape);
-  if (!from.is_own) {
-    buffer.Load(from.row, row_bytes + scale_bytes);
-    return 0;
-  }
+__device__ void Assemble(const MoEShape& shape, const DispatchParams& p, const TokenSource& from,
+                         RowBuffer& buffer) {
   if constexpr (!std::is_void_v<X>) {
-    buffer.Load(from.row, shape.row_bytes());
-    buffer.Change([&](std::byte* row) {
-      VisitQuantDType(p.quant.dtype, [&](auto dtype) {
-        QuantiseInPlace<decltype(dtype)::value, X>(p.quant, row, shape.hidden_size, scale_bytes);
+    if (from.is_own)
+      return buffer.Make([&](std::byte* row) {
+        QuantRows to;
+        to.count = 1;
+        to.rows[0] = {row, row + shape.hidden_size};
+        QuantiseRow(p.quant, reinterpret_cast<const X*>(from.row), shape.hidden_size, 0, 1, to);
       });
-    });
-    return shape.row_bytes() - row_bytes - scale_bytes;
   }
-  buffer.Load(from.row, row_bytes, from.scales, scale_bytes);
-  return 0;
+  const int64_t row_bytes = p.row_bytes(shape), scale_bytes = p.scale_row_bytes(shape);
+  if (from.is_own)
+    buffer.Load(from.row, row_bytes, from.scales, scale_bytes);
+  else
+    buffer.Load(from.row, row_bytes + scale_bytes);
 }
 
 // One warp copies a token into the windows of all its destinations, reading it once. X is as above.
@@ -64,8 +59,8 @@ __device__ void SendToken(const MoEShape& shape, const Arena& arena, const Dispa
   const TokenSource from(shape, arena, p, epoch, arena.rank, token);
   const float weight = WeightOfLane(shape, p, from);
   if (IsPacked(shape, p)) {
-    const int64_t at = LoadPacked<X>(shape, p, from, buffer);
-    buffer.StorePart(window, at, p.row_bytes(shape) + p.scale_row_bytes(shape));
+    Assemble<X>(shape, p, from, buffer);
+    buffer.StorePart(window, 0, p.row_bytes(shape) + p.scale_row_bytes(shape));
   } else if constexpr (!std::is_void_v<X>) {
     QuantiseInto<X>(shape, p, from.row, 0, 1, lanes, reinterpret_cast<uint64_t>(window),
                     [&](uint64_t to) { return InWindow(shape, reinterpret_cast<int4*>(to)); });
@@ -130,10 +125,10 @@ class Expander {
     if (!arrived) return PoisonRows(shape, p, row);
     const float weight = WeightOfLane(shape, p, from);
     if (IsPacked(shape, p)) {
-      const int64_t at = LoadPacked<X>(shape, p, from, buffer_);
+      Assemble<X>(shape, p, from, buffer_);
       const QuantRow to = InOutput(shape, p, max(row, 0));
-      buffer_.StorePart(row >= 0 ? to.elements : nullptr, at, p.row_bytes(shape));
-      buffer_.StorePart(row >= 0 ? to.scales : nullptr, at + p.row_bytes(shape),
+      buffer_.StorePart(row >= 0 ? to.elements : nullptr, 0, p.row_bytes(shape));
+      buffer_.StorePart(row >= 0 ? to.scales : nullptr, p.row_bytes(shape),
                         p.scale_row_bytes(shape));
     } else if (!std::is_void_v<X> && from.is_own) {
       QuantiseInto<X>(shape, p, from.row, 0, 1, lanes, row,

@@ -105,10 +105,6 @@ struct QuantElements {
     for (int i = 0; i < kVectors; ++i)
       vectors[i] = ptx::ld_nc_no_allocate(reinterpret_cast<const int4*>(from) + i);
   }
-  __device__ __forceinline__ void LoadShared(const std::byte* from) {
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) vectors[i] = reinterpret_cast<const int4*>(from)[i];
-  }
   __device__ __forceinline__ void Unpack(float (&out)[kPerQuantLane]) const {
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
@@ -134,48 +130,15 @@ __device__ __forceinline__ uint32_t NaNScale(const QuantParams& quant) {
   return quant.scale_dtype == ScaleDType::kF32 ? 0x7fc00000u : 0xffu;
 }
 
-// Rows that get the same quantised token at a time.
+// Rows that get the same quantised token at a time; of a window, or of shared memory.
 constexpr int kMaxQuantRows = 4;
 struct QuantRows {
   int count = 0;
   QuantRow rows[kMaxQuantRows];
 };
 
-// Blocks that whole lanes share, and a warp's turn holds.
-JAX_EP_HOST_DEVICE inline bool IsEvenBlock(int block) {
-  return block % kPerQuantLane == 0 && 32 * kPerQuantLane % block == 0;
-}
-
-// What a lane makes of its elements, of which `lanes` neighbours share a block. All lanes together.
-struct QuantisedLane {
-  int4 bytes;
-  uint32_t scale;
-};
-template <QuantDType kDType, typename T>
-__device__ __forceinline__ QuantisedLane QuantiseLane(const QuantParams& quant,
-                                                      const QuantElements<T>& elements, int lanes) {
-  float values[kPerQuantLane];
-  elements.Unpack(values);
-  float parts[4] = {};
-#pragma unroll
-  for (int i = 0; i < kPerQuantLane; ++i)
-    parts[i % 4] = ptx::max_nan(parts[i % 4], fabsf(values[i]));
-  float amax = ptx::max_nan(ptx::max_nan(parts[0], parts[1]), ptx::max_nan(parts[2], parts[3]));
-  for (int step = lanes / 2; step > 0; step /= 2)
-    amax = ptx::max_nan(amax, __shfl_xor_sync(kAllLanes, amax, step));
-  const BlockScale scale(quant, __float_as_uint(amax));
-  uint32_t words[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float* four = values + 4 * i;
-    words[i] = RoundPair<kDType>(four[0] * scale.inverse, four[1] * scale.inverse) |
-               RoundPair<kDType>(four[2] * scale.inverse, four[3] * scale.inverse) << 16;
-  }
-  return {make_int4(words[0], words[1], words[2], words[3]), scale.bits};
-}
-
 // Quantises a row of `hidden` elements, a multiple of 32, into `to`, by warps `warp` of `warps`.
-// Blocks are even.
+// Blocks are of 16 to 512 elements and a power of two.
 template <QuantDType kDType, typename T>
 __device__ __forceinline__ void QuantiseBlocks(const QuantParams& quant, const T* x, int hidden,
                                                int warp, int warps, const QuantRows& to) {
@@ -193,47 +156,31 @@ __device__ __forceinline__ void QuantiseBlocks(const QuantParams& quant, const T
     for (int r = 0; r < kRounds; ++r) {
       const int first = begin + r * warps * kPerWarp + lane * kPerQuantLane;
       if (begin + r * warps * kPerWarp >= hidden) break;
-      const QuantisedLane of_lane = QuantiseLane<kDType>(quant, loaded[r], lanes);
+      float values[kPerQuantLane];
+      loaded[r].Unpack(values);
+      float amax = 0;
+#pragma unroll
+      for (int i = 0; i < kPerQuantLane; ++i) amax = ptx::max_nan(amax, fabsf(values[i]));
+      for (int step = lanes / 2; step > 0; step /= 2)
+        amax = ptx::max_nan(amax, __shfl_xor_sync(kAllLanes, amax, step));
       if (first >= hidden) continue;
+      const BlockScale scale(quant, __float_as_uint(amax));
+      uint32_t words[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float* four = values + 4 * i;
+        words[i] = RoundPair<kDType>(four[0] * scale.inverse, four[1] * scale.inverse) |
+                   RoundPair<kDType>(four[2] * scale.inverse, four[3] * scale.inverse) << 16;
+      }
 #pragma unroll
       for (int i = 0; i < kMaxQuantRows; ++i) {
         if (i == to.count) break;
-        *reinterpret_cast<int4*>(to.rows[i].elements + first) = of_lane.bytes;
+        *reinterpret_cast<int4*>(to.rows[i].elements + first) =
+            make_int4(words[0], words[1], words[2], words[3]);
         if (lane % lanes == 0)
-          StoreScale(quant, to.rows[i].scales, first / kPerQuantLane >> shift, of_lane.scale);
+          StoreScale(quant, to.rows[i].scales, first / kPerQuantLane >> shift, scale.bits);
       }
     }
-  }
-}
-
-// Whether a row in shared memory can be quantised where it is: see QuantiseInPlace.
-JAX_EP_HOST_DEVICE inline bool FitsInPlace(const MoEShape& shape, const QuantParams& quant,
-                                           int64_t scale_bytes) {
-  constexpr int kPerWarp = 32 * kPerQuantLane;
-  const int64_t last = shape.hidden_size - (shape.hidden_size - 1) / kPerWarp * kPerWarp;
-  return IsEvenBlock(quant.block) && last * (shape.element_bytes() - 1) >= scale_bytes;
-}
-
-// Quantises a row in shared memory, by one warp. Elements, and the scales behind them, come to lie
-// at the end of where the row was: written from the last turn to the first, they never reach what
-// has not been read yet.
-template <QuantDType kDType, typename T>
-__device__ void QuantiseInPlace(const QuantParams& quant, std::byte* row, int hidden,
-                                int64_t scale_bytes) {
-  constexpr int kPerWarp = 32 * kPerQuantLane;
-  const int lane = threadIdx.x % 32, lanes = quant.block / kPerQuantLane, shift = __ffs(lanes) - 1;
-  std::byte* scales = row + hidden * int64_t{sizeof(T)} - scale_bytes;
-  std::byte* elements = scales - hidden;
-#pragma unroll 1
-  for (int begin = (hidden - 1) / kPerWarp * kPerWarp; begin >= 0; begin -= kPerWarp) {
-    const int first = begin + lane * kPerQuantLane;
-    QuantElements<T> loaded;
-    if (first < hidden) loaded.LoadShared(row + first * sizeof(T));
-    const QuantisedLane of_lane = QuantiseLane<kDType>(quant, loaded, lanes);
-    __syncwarp();
-    if (first >= hidden) continue;
-    *reinterpret_cast<int4*>(elements + first) = of_lane.bytes;
-    if (lane % lanes == 0) StoreScale(quant, scales, first / kPerQuantLane >> shift, of_lane.scale);
   }
 }
 
@@ -261,8 +208,10 @@ __device__ void QuantiseOddBlocks(const QuantParams& quant, const T* x, int hidd
 template <typename T>
 __device__ void QuantiseRow(const QuantParams& quant, const T* x, int hidden, int warp, int warps,
                             const QuantRows& to) {
+  const int block = quant.block;
+  const bool is_even = block % kPerQuantLane == 0 && 32 * kPerQuantLane % block == 0;
   VisitQuantDType(quant.dtype, [&](auto dtype) {
-    if (IsEvenBlock(quant.block))
+    if (is_even)
       QuantiseBlocks<decltype(dtype)::value>(quant, x, hidden, warp, warps, to);
     else
       QuantiseOddBlocks<decltype(dtype)::value>(quant, x, hidden, warp, warps, to);
