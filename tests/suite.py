@@ -258,8 +258,22 @@ def combine(comm, y, handle):
 
 def moe(comm, x, topk_ids, weights, factors, row_bias=None, **quant):
     out, handle = dispatch(comm, x, topk_ids, weights, **quant)
+    if out.layout.kind is EXPERT_MAJOR and quant.get("came_quantised") and weights is None:
+        out = with_zeros(out)  # neither x nor weights is differentiated
     y = apply_experts(out, factors, x.dtype)
     return combine(comm, y if row_bias is None else y + row_bias.reshape(y.shape), handle), out
+
+
+def with_zeros(out: jax_ep.DispatchOutput) -> jax_ep.DispatchOutput:
+    """In the slots of EXPERT_MAJOR that hold no token."""
+    counts = out.layout.num_tokens_per_expert
+    holds_token = (jnp.arange(out.tokens.shape[1]) < counts[:, None])[..., None]
+
+    def zeroed(slots):
+        return jnp.where(holds_token, slots, jnp.zeros((), slots.dtype))
+
+    quant = out.quant and dataclasses.replace(out.quant, scales=zeroed(out.quant.scales))
+    return dataclasses.replace(out, tokens=zeroed(out.tokens), quant=quant)
 
 
 def whole(comm, x, topk_ids, weights, factors):
