@@ -38,6 +38,6 @@ done
 # Rounds of changing routing, each checked on the device, in both modes.
 if [ "$gpus" -gt 1 ]; then
   part stress 200 python3 -m jax_ep.bench --stress 20000
-  part stress-low-latency 300 python3 -m jax_ep.bench --workload decode --stress 20000
+  part stress-low-latency 300 python3 -m jax_ep.bench --workload decode --stress 200000
 fi
 exit $failed

@@ -1,6 +1,7 @@
 """The suite, with each backend as a fixture parameter."""
 
 import dataclasses
+import functools
 
 import hypothesis
 import jax
@@ -172,18 +173,17 @@ def test_quantised_rows_of_a_poisoned_step(implementation):
 def test_quantised_rows_in_a_scan_with_remat(implementation, quant):
     """Layers of equal routing, and one without a scan."""
     case = small_case(implementation, hidden_size=128, mode=LOW_LATENCY, layout=EXPERT_MAJOR, quant=quant)
-    with suite.communicator(implementation, suite.make_mesh(implementation, case.num_ranks), case) as comm:
 
-        def layer(x, topk_ids, weights, factors):
-            def body(handle, x):
-                out, handle = comm.dispatch(x, None, weights, previous_handle=handle, quant=quant)
-                return handle, comm.combine(suite.apply_experts(out, factors, x.dtype), handle)
+    def layer(comm, x, topk_ids, weights, factors):
+        def body(handle, x):
+            out, handle = comm.dispatch(x, None, weights, previous_handle=handle, quant=quant)
+            return handle, comm.combine(suite.apply_experts(out, factors, x.dtype), handle)
 
-            _, handle = comm.dispatch(x, topk_ids, weights)
-            scanned = jax.lax.scan(jax.checkpoint(body), handle, jnp.stack([x, x]))[1]
-            return scanned.sum(0) / 2, body(handle, x)[1]
+        _, handle = comm.dispatch(x, topk_ids, weights)
+        scanned = jax.lax.scan(jax.checkpoint(body), handle, jnp.stack([x, x]))[1]
+        return scanned.sum(0) / 2, body(handle, x)[1]
 
-        programs.assert_close(*run_two_ways(comm, case, layer))
+    check_two_ways(implementation, case, layer)
 
 
 def test_long_rows(native_implementation):
@@ -356,51 +356,54 @@ def run_two_ways(comm, case: Case, layer):
     return jax.block_until_ready(run(inputs))
 
 
+def check_two_ways(implementation: str, case: Case, layer, assert_equal=programs.assert_close) -> None:
+    """`layer(comm, x, topk_ids, weights, factors)`, as for `run_two_ways`."""
+    with suite.communicator(implementation, suite.make_mesh(implementation, case.num_ranks), case) as comm:
+        assert_equal(*run_two_ways(comm, case, functools.partial(layer, comm)))
+
+
 @ARRANGEMENTS
 def test_previous_handle_is_as_good_as_its_topk_ids(implementation, mode, layout):
     case = small_case(implementation, num_tokens=11, topk=3, mode=mode, layout=layout)
-    with suite.communicator(implementation, suite.make_mesh(implementation, case.num_ranks), case) as comm:
 
-        def layer(x, topk_ids, weights, factors):
-            _, earlier = comm.dispatch(jnp.ones_like(x), topk_ids, jnp.ones_like(weights))
-            out, handle = comm.dispatch(x, None, weights, previous_handle=earlier)
-            again = comm.combine(suite.apply_experts(out, factors), handle)
-            out, handle = comm.dispatch(x, topk_ids, weights)
-            return again, comm.combine(suite.apply_experts(out, factors), handle)
+    def layer(comm, x, topk_ids, weights, factors):
+        _, earlier = comm.dispatch(jnp.ones_like(x), topk_ids, jnp.ones_like(weights))
+        out, handle = comm.dispatch(x, None, weights, previous_handle=earlier)
+        again = comm.combine(suite.apply_experts(out, factors), handle)
+        out, handle = comm.dispatch(x, topk_ids, weights)
+        return again, comm.combine(suite.apply_experts(out, factors), handle)
 
-        suite.assert_same(*run_two_ways(comm, case, layer))
+    check_two_ways(implementation, case, layer, suite.assert_same)
 
 
 def test_previous_handle_keeps_its_weights(implementation):
     case = small_case(implementation, num_tokens=11, topk=3)
-    with suite.communicator(implementation, suite.make_mesh(implementation, case.num_ranks), case) as comm:
 
-        def layer(x, topk_ids, weights, factors):
-            out, earlier = comm.dispatch(x, topk_ids, weights)
-            want = comm.combine(suite.apply_experts(out, factors), earlier)
-            out, handle = comm.dispatch(x, previous_handle=earlier)
-            return comm.combine(suite.apply_experts(out, factors), handle), want
+    def layer(comm, x, topk_ids, weights, factors):
+        out, earlier = comm.dispatch(x, topk_ids, weights)
+        want = comm.combine(suite.apply_experts(out, factors), earlier)
+        out, handle = comm.dispatch(x, previous_handle=earlier)
+        return comm.combine(suite.apply_experts(out, factors), handle), want
 
-        suite.assert_same(*run_two_ways(comm, case, layer))
+    check_two_ways(implementation, case, layer, suite.assert_same)
 
 
 def test_a_handle_is_carried_through_a_scan(implementation):
     case = small_case(implementation)
-    with suite.communicator(implementation, suite.make_mesh(implementation, case.num_ranks), case) as comm:
 
-        def layer(x, topk_ids, weights, factors):
-            _, handle = comm.dispatch(x, topk_ids, weights)
+    def layer(comm, x, topk_ids, weights, factors):
+        _, handle = comm.dispatch(x, topk_ids, weights)
 
-            def body(carry, _):
-                x, handle = carry
-                out, handle = comm.dispatch(x, previous_handle=handle)
-                return (comm.combine(suite.apply_experts(out, jnp.ones_like(factors)), handle), handle), None
+        def body(carry, _):
+            x, handle = carry
+            out, handle = comm.dispatch(x, previous_handle=handle)
+            return (comm.combine(suite.apply_experts(out, jnp.ones_like(factors)), handle), handle), None
 
-            (scanned, _), _ = jax.lax.scan(body, (x, handle), length=3)
-            weight_sums = jnp.where(topk_ids >= 0, weights, 0).sum(1, keepdims=True)
-            return scanned, x * weight_sums**3
+        (scanned, _), _ = jax.lax.scan(body, (x, handle), length=3)
+        weight_sums = jnp.where(topk_ids >= 0, weights, 0).sum(1, keepdims=True)
+        return scanned, x * weight_sums**3
 
-        programs.assert_close(*run_two_ways(comm, case, layer))
+    check_two_ways(implementation, case, layer)
 
 
 # Requests.
@@ -422,17 +425,15 @@ def test_halves_of_the_reference():
 @ARRANGEMENTS
 def test_halves_along_a_previous_handle(native_implementation, mode, layout):
     case = small_case(native_implementation, num_tokens=11, topk=3, mode=mode, layout=layout, max_requests=1)
-    mesh = suite.make_mesh(native_implementation, case.num_ranks)
-    with suite.communicator(native_implementation, mesh, case) as comm:
 
-        def layer(x, topk_ids, weights, factors):
-            _, earlier = comm.dispatch(jnp.ones_like(x), topk_ids, jnp.ones_like(weights))
-            out, handle = comm.dispatch_async(x, None, weights, previous_handle=earlier).wait()
-            halves = comm.combine_async(suite.apply_experts(out, factors), handle).wait()
-            out, handle = comm.dispatch(x, None, weights, previous_handle=earlier)
-            return halves, comm.combine(suite.apply_experts(out, factors), handle)
+    def layer(comm, x, topk_ids, weights, factors):
+        _, earlier = comm.dispatch(jnp.ones_like(x), topk_ids, jnp.ones_like(weights))
+        out, handle = comm.dispatch_async(x, None, weights, previous_handle=earlier).wait()
+        halves = comm.combine_async(suite.apply_experts(out, factors), handle).wait()
+        out, handle = comm.dispatch(x, None, weights, previous_handle=earlier)
+        return halves, comm.combine(suite.apply_experts(out, factors), handle)
 
-        suite.assert_same(*run_two_ways(comm, case, layer))
+    check_two_ways(native_implementation, case, layer, suite.assert_same)
 
 
 def in_order(*arrays):
@@ -443,58 +444,54 @@ def in_order(*arrays):
 @MODES
 def test_two_requests_in_flight_around_a_whole_op(native_implementation, mode, layout):
     case = small_case(native_implementation, mode=mode, layout=layout, max_requests=2)
-    mesh = suite.make_mesh(native_implementation, case.num_ranks)
-    with suite.communicator(native_implementation, mesh, case) as comm:
 
-        def layer(x, topk_ids, weights, factors):
-            def routing(step):
-                return jnp.roll(topk_ids, step, 0), jnp.roll(weights, step, 0)
+    def layer(comm, x, topk_ids, weights, factors):
+        def routing(step):
+            return jnp.roll(topk_ids, step, 0), jnp.roll(weights, step, 0)
 
-            def experts(out):
-                return suite.apply_experts(out, factors)
+        def experts(out):
+            return suite.apply_experts(out, factors)
 
-            first = comm.dispatch_async(x, *routing(0))
-            first, later = in_order(first, x)
-            second = comm.dispatch_async(2 * later, *routing(1))
-            first, second, later = in_order(first, second, later)
-            out, handle = comm.dispatch(4 * later, *routing(2))
-            first, second, between = in_order(first, second, experts(out))
-            (second, second_handle), (first, first_handle) = second.wait(), first.wait()
-            first = comm.combine_async(experts(first), first_handle)
-            second = comm.combine_async(experts(second), second_handle)
-            first, second, between = in_order(first, second, between)
-            first, second, between = in_order(first, second, comm.combine(between, handle))
-            halves = second.wait() + first.wait() + between
-            return halves, sum(suite.whole(comm, (1 << step) * x, *routing(step), factors) for step in range(3))
+        first = comm.dispatch_async(x, *routing(0))
+        first, later = in_order(first, x)
+        second = comm.dispatch_async(2 * later, *routing(1))
+        first, second, later = in_order(first, second, later)
+        out, handle = comm.dispatch(4 * later, *routing(2))
+        first, second, between = in_order(first, second, experts(out))
+        (second, second_handle), (first, first_handle) = second.wait(), first.wait()
+        first = comm.combine_async(experts(first), first_handle)
+        second = comm.combine_async(experts(second), second_handle)
+        first, second, between = in_order(first, second, between)
+        first, second, between = in_order(first, second, comm.combine(between, handle))
+        halves = second.wait() + first.wait() + between
+        return halves, sum(suite.whole(comm, (1 << step) * x, *routing(step), factors) for step in range(3))
 
-        programs.assert_close(*run_two_ways(comm, case, layer))
+    check_two_ways(native_implementation, case, layer)
 
 
 @MODES
 def test_a_request_is_carried_through_a_scan(native_implementation, mode, layout):
     """Each step starts the next one's dispatch before it waits for its own."""
     case = small_case(native_implementation, mode=mode, layout=layout, max_requests=2)
-    mesh = suite.make_mesh(native_implementation, case.num_ranks)
-    with suite.communicator(native_implementation, mesh, case) as comm:
 
-        def layer(x, topk_ids, weights, factors):
-            def of_step(step):
-                return (1 + step) * x, jnp.roll(topk_ids, step, 0), jnp.roll(weights, step, 0)
+    def layer(comm, x, topk_ids, weights, factors):
+        def of_step(step):
+            return (1 + step) * x, jnp.roll(topk_ids, step, 0), jnp.roll(weights, step, 0)
 
-            def finish(request):
-                out, handle = request.wait()
-                return comm.combine(suite.apply_experts(out, factors), handle)
+        def finish(request):
+            out, handle = request.wait()
+            return comm.combine(suite.apply_experts(out, factors), handle)
 
-            def body(request, arrays):
-                following, request = in_order(comm.dispatch_async(*arrays), request)
-                return following, finish(request)
+        def body(request, arrays):
+            following, request = in_order(comm.dispatch_async(*arrays), request)
+            return following, finish(request)
 
-            steps = [of_step(step) for step in range(4)]
-            later = jax.tree.map(lambda *arrays: jnp.stack(arrays), *steps[1:])
-            last, combined = jax.lax.scan(body, comm.dispatch_async(*steps[0]), later)
-            return combined.sum(0) + finish(last), sum(suite.whole(comm, *arrays, factors) for arrays in steps)
+        steps = [of_step(step) for step in range(4)]
+        later = jax.tree.map(lambda *arrays: jnp.stack(arrays), *steps[1:])
+        last, combined = jax.lax.scan(body, comm.dispatch_async(*steps[0]), later)
+        return combined.sum(0) + finish(last), sum(suite.whole(comm, *arrays, factors) for arrays in steps)
 
-        programs.assert_close(*run_two_ways(comm, case, layer))
+    check_two_ways(native_implementation, case, layer)
 
 
 @MODES
@@ -541,43 +538,39 @@ def test_what_is_not_waited_for_is_not_started(native_implementation):
 def test_more_requests_than_may_be_in_flight_and_one_waited_for_twice(native_implementation, mode, layout):
     """What is not there to be received is done as a whole."""
     case = small_case(native_implementation, mode=mode, layout=layout, max_requests=1)
-    mesh = suite.make_mesh(native_implementation, case.num_ranks)
-    with suite.communicator(native_implementation, mesh, case) as comm:
 
-        def layer(x, topk_ids, weights, factors):
-            def finish(request):
-                out, handle = request.wait()
-                return comm.combine(suite.apply_experts(out, factors), handle)
+    def layer(comm, x, topk_ids, weights, factors):
+        def finish(request):
+            out, handle = request.wait()
+            return comm.combine(suite.apply_experts(out, factors), handle)
 
-            first = comm.dispatch_async(x, topk_ids, weights)
-            first, later = in_order(first, x)
-            second = comm.dispatch_async(2 * later, jnp.roll(topk_ids, 1, 0), weights)
-            first, second = in_order(first, second)
-            once, first = in_order(finish(first), first)
-            halves = once + finish(second) + finish(first)
-            whole = suite.whole(comm, 2 * x, jnp.roll(topk_ids, 1, 0), weights, factors)
-            return halves, 2 * suite.whole(comm, x, topk_ids, weights, factors) + whole
+        first = comm.dispatch_async(x, topk_ids, weights)
+        first, later = in_order(first, x)
+        second = comm.dispatch_async(2 * later, jnp.roll(topk_ids, 1, 0), weights)
+        first, second = in_order(first, second)
+        once, first = in_order(finish(first), first)
+        halves = once + finish(second) + finish(first)
+        whole = suite.whole(comm, 2 * x, jnp.roll(topk_ids, 1, 0), weights, factors)
+        return halves, 2 * suite.whole(comm, x, topk_ids, weights, factors) + whole
 
-        programs.assert_close(*run_two_ways(comm, case, layer))
+    check_two_ways(native_implementation, case, layer)
 
 
 @MODES
 def test_a_request_from_outside_of_what_is_recomputed(native_implementation, mode, layout):
     """The backward pass waits for it once more."""
     case = small_case(native_implementation, mode=mode, layout=layout, max_requests=2)
-    mesh = suite.make_mesh(native_implementation, case.num_ranks)
-    with suite.communicator(native_implementation, mesh, case) as comm:
 
-        def layer(x, topk_ids, weights, factors):
-            @jax.checkpoint
-            def finish(request):
-                out, handle = request.wait()
-                return jnp.sin(comm.combine(suite.apply_experts(out, factors), handle))
+    def layer(comm, x, topk_ids, weights, factors):
+        @jax.checkpoint
+        def finish(request):
+            out, handle = request.wait()
+            return jnp.sin(comm.combine(suite.apply_experts(out, factors), handle))
 
-            halves = finish(comm.dispatch_async(x, topk_ids, weights))
-            return halves, jnp.sin(suite.whole(comm, x, topk_ids, weights, factors))
+        halves = finish(comm.dispatch_async(x, topk_ids, weights))
+        return halves, jnp.sin(suite.whole(comm, x, topk_ids, weights, factors))
 
-        programs.assert_close(*run_two_ways(comm, case, layer))
+    check_two_ways(native_implementation, case, layer)
 
 
 # Larger programs.

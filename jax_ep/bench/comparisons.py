@@ -124,18 +124,7 @@ def measure_command_buffers(problem: Problem) -> Iterator[Comparison]:
         results.append([])
         return _comparison(
             name,
-            lambda: measure(
-                op.fn,
-                problem.mesh,
-                op.changing,
-                op.fixed,
-                marker=OUR_CALLS,
-                calls_each=op.num_calls,
-                compiler_options=options,
-                verify=same_as_before,
-                feeds_back=op.feeds_back,
-                num_calls=num_calls,
-            ),
+            lambda: op.measure(problem.mesh, compiler_options=options, verify=same_as_before, num_calls=num_calls),
         )
 
     without = time(f"{op.name}, no command buffers", {"xla_gpu_enable_command_buffer": ""})

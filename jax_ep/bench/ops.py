@@ -6,8 +6,12 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from jax.sharding import Mesh
+
 from jax_ep.bench.layer import Layer, Received, quantized_row_bytes
 from jax_ep.bench.problem import Problem
+from jax_ep.bench.results import Times
+from jax_ep.bench.timing import OUR_CALLS, measure
 from jax_ep.bench.verify import Expected
 from jax_ep.bench.workloads import Workload
 
@@ -30,6 +34,19 @@ class Op:
     verify: Callable[[Expected, Any], None] = lambda expected, out: None
     kept: Callable | None = None
     feeds_back: bool = False
+
+    def measure(self, mesh: Mesh, **how) -> Times:
+        """As `timing.measure`; `verify` there takes a result alone."""
+        return measure(
+            self.fn,
+            mesh,
+            self.changing,
+            self.fixed,
+            marker=OUR_CALLS,
+            calls_each=self.num_calls,
+            feeds_back=self.feeds_back,
+            **how,
+        )
 
 
 def all_ops(problem: Problem) -> list[Op]:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from jax_ep.bench.ops import Op, all_ops
 from jax_ep.bench.problem import Problem
 from jax_ep.bench.results import Row, first_line
-from jax_ep.bench.timing import OUR_CALLS, measure
 from jax_ep.bench.verify import Expected
 
 
@@ -20,17 +19,7 @@ def measure_op(problem: Problem, op: Op, expected: Expected | None = None) -> Ro
             op.verify(expected, out)
 
     try:
-        times = measure(
-            op.fn,
-            problem.mesh,
-            op.changing,
-            op.fixed,
-            marker=OUR_CALLS,
-            calls_each=op.num_calls,
-            verify=verify,
-            kept=op.kept,
-            feeds_back=op.feeds_back,
-        )
+        times = op.measure(problem.mesh, verify=verify, kept=op.kept)
         problem.comm.check()
     except Exception as failure:  # the other rows are worth having
         times, error = None, first_line(failure)
