@@ -16,7 +16,7 @@ NATIVE_SOURCES := pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(shell find
 FORMATTED_SOURCES = $(shell find ffi tests -name '*.h' -o -name '*.cc' -o -name '*.cu' -o -name '*.cuh')
 
 # Random shapes for each number of ranks.
-EMULATED_SHAPES ?= 4
+EMULATED_SHAPES ?= 3
 
 # What is installed in .venv, by set of requirements.
 EXAMPLES := $(VENV)/.examples-cuda-$(JAX_EP_CUDA)
