@@ -3,6 +3,7 @@
 from jax_ep._quant import dequantize
 from jax_ep._version import __version__
 from jax_ep.communicator import MoECommunicator, MoECommunicatorConfig
+from jax_ep.stats import LoadStatistics, RankLoad, load_statistics, plot_load
 from jax_ep.types import (
     CapacityError,
     CombineRequest,
@@ -28,11 +29,15 @@ __all__ = [
     "DispatchOutput",
     "DispatchRequest",
     "ExpertIdError",
+    "LoadStatistics",
     "MoECommunicator",
     "MoECommunicatorConfig",
     "MoEMode",
     "PeerTimeoutError",
     "QuantConfig",
     "QuantOutput",
+    "RankLoad",
     "dequantize",
+    "load_statistics",
+    "plot_load",
 ]

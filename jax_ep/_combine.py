@@ -9,11 +9,13 @@ import jax
 from jax_ep import _ffi, _reference
 
 
+@jax.named_scope("jax_ep.combine_start")
 def start(spec, y, row_weights, routing, num_tokens: int):
     """Sends what `combine` is to receive, and returns its ticket, see `_dispatch.start`."""
     return None if spec.is_reference else _ffi.combine_start(spec, y, row_weights, routing, num_tokens)
 
 
+@jax.named_scope("jax_ep.combine")
 def combine(spec, y, row_weights, routing, num_tokens: int, ticket=None):
     """Sums `y` [C, H], weighted by `row_weights` float32 [C] unless None, into [T, H].
 
@@ -36,6 +38,7 @@ def _forward(spec, num_tokens, y, row_weights, routing, ticket):
     return _combine(spec, num_tokens, y, row_weights, routing, ticket), residuals
 
 
+@jax.named_scope("jax_ep.combine_backward")
 def _backward(spec, num_tokens, residuals, gradient):
     """A cached dispatch of the gradient, in one piece, scaled by each row's weight on arrival."""
     del num_tokens

@@ -11,6 +11,7 @@ from jax_ep import _ffi, _quant, _reference
 from jax_ep.types import QuantConfig
 
 
+@jax.named_scope("jax_ep.dispatch_start")
 def start(spec, x, weights, topk_ids, routing, quant: QuantConfig | None):
     """Sends what `dispatch` by `topk_ids`, or without them `dispatch_cached` along `routing`, is to receive.
 
@@ -20,6 +21,7 @@ def start(spec, x, weights, topk_ids, routing, quant: QuantConfig | None):
     return None if spec.is_reference else _ffi.dispatch_start(spec, x, weights, topk_ids, routing, quant)
 
 
+@jax.named_scope("jax_ep.dispatch")
 def dispatch(spec, x, weights, topk_ids, quant: QuantConfig | None, fill: bool, ticket=None):
     """Routes by `topk_ids` int32 [T, K], and moves `x` [T, H] and `weights` float32 [T, K] or None.
 
@@ -34,6 +36,7 @@ def dispatch(spec, x, weights, topk_ids, quant: QuantConfig | None, fill: bool, 
     return routed, _guarded(*received)
 
 
+@jax.named_scope("jax_ep.dispatch_cached")
 def dispatch_cached(spec, x, weights, routing, quant: QuantConfig | None, fill: bool, ticket=None):
     """Moves `x` [T, H], and `weights` float32 [T, K] or None, along `routing`.
 
@@ -80,6 +83,7 @@ def _forward(spec, is_fresh, fill, x, weights, by, quant, ticket):
     return (routed, received), (routed[0] if is_fresh else by, x.shape[0])
 
 
+@jax.named_scope("jax_ep.dispatch_backward")
 def _backward(spec, is_fresh, fill, residuals, gradients):
     """An unweighted combine of the rows' gradients, in one piece; each weight's gradient returns to its (token, k)."""
     del is_fresh, fill
