@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs what needs GPUs: the shared suite on all of them and across processes, and the kernels under compute-sanitizer.
+# Runs what needs GPUs: the shared suite on all of them and across processes, the kernels under compute-sanitizer, and the
+# benchmark.
 #
 #   tests/on_gpus.sh [LOG_FOLDER]     with the package installed with CUDA, and pytest and hypothesis
 #
@@ -40,4 +41,12 @@ if [ "$gpus" -gt 1 ]; then
   part stress 200 python3 -m jax_ep.bench --stress 20000
   part stress-low-latency 300 python3 -m jax_ep.bench --workload decode --stress 200000
 fi
+# What the tables of docs/performance.md are made of.
+bench="python3 -m jax_ep.bench --skip-stock --no-comparisons"
+for devices in 1 2 4; do
+  [ "$devices" -le "$gpus" ] || continue
+  part "train-4k-$devices" 120 $bench --devices "$devices" --json "$logs/train-4k-$devices.json"
+  part "decode-$devices" 120 $bench --workload decode --devices "$devices" --json "$logs/decode-$devices.json"
+done
+part doctor 120 python3 -m jax_ep.doctor --plot "$logs/doctor.png" --json "$logs/doctor.json"
 exit $failed
