@@ -77,8 +77,11 @@ def _result(shape, dtype, like) -> jax.ShapeDtypeStruct:
 
 
 def _absent(like, dtype=jnp.float32) -> jax.Array:
-    """The empty operand that stands for None."""
-    return vary(jnp.zeros((0,), dtype), varying_axes(like))
+    """The scalar operand that stands for None.
+
+    Not an empty array: differentiation may carry it out of the `shard_map`, where one crashes jaxlib 0.11.2's compiler.
+    """
+    return vary(jnp.zeros((), dtype), varying_axes(like))
 
 
 def _given(operand, like, dtype=jnp.float32) -> jax.Array:

@@ -269,11 +269,12 @@ def with_zeros(out: jax_ep.DispatchOutput) -> jax_ep.DispatchOutput:
     counts = out.layout.num_tokens_per_expert
     holds_token = (jnp.arange(out.tokens.shape[1]) < counts[:, None])[..., None]
 
-    def zeroed(slots):
-        return jnp.where(holds_token, slots, jnp.zeros((), slots.dtype))
+    def filled(slots, value):
+        return jnp.where(holds_token, slots, jnp.full((), value, slots.dtype))
 
-    quant = out.quant and dataclasses.replace(out.quant, scales=zeroed(out.quant.scales))
-    return dataclasses.replace(out, tokens=zeroed(out.tokens), quant=quant)
+    # Not zeros for scales: float8_e8m0fnu knows none, and makes NaN of it.
+    quant = out.quant and dataclasses.replace(out.quant, scales=filled(out.quant.scales, 1))
+    return dataclasses.replace(out, tokens=filled(out.tokens, 0), quant=quant)
 
 
 def whole(comm, x, topk_ids, weights, factors):

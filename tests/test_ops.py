@@ -26,8 +26,8 @@ MODES = pytest.mark.parametrize(
 
 
 def no_tokens_crash(implementation: str) -> bool:
-    """Whether XLA's compiler crashes on the suite's program for empty arrays."""
-    return implementation == "cuda" and len(suite.devices_of(implementation)) > 1
+    """Whether XLA's compiler crashes where a differentiated `shard_map` has empty arrays: seen with jaxlib 0.11.2."""
+    return jax.__version_info__ >= (0, 11) and len(suite.devices_of(implementation)) > 1
 
 
 @st.composite

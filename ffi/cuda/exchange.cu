@@ -35,17 +35,23 @@ __device__ const int32_t* ExchangeIds(const MoEShape& shape, const Arena& arena,
   return team.SyncAnd(arrived) ? arena.Ids(epoch, arena.rank, part.source) : nullptr;
 }
 
-// Counts one token into shared memory.
-__device__ void CountToken(const MoEShape& shape, const int32_t* ids, int32_t* counts) {
+// Counts one token into shared memory. Of this rank's own, it also writes where they go.
+__device__ void CountToken(const MoEShape& shape, const int32_t* ids, int32_t* counts,
+                           int32_t* send_ranks) {
   const HistogramColumns columns(shape);
-  for (int k = 0; k < shape.topk; ++k) {
-    if (IsExpert(shape, ids[k]))
-      atomicAdd(&counts[columns.experts + ids[k]], 1);
-    else if (ids[k] != -1)
+  ForEachId(ids, shape.topk, [&](int id) {
+    if (IsExpert(shape, id))
+      atomicAdd(&counts[columns.experts + id], 1);
+    else if (id != -1)
       atomicAdd(&counts[columns.bad_ids], 1);
-  }
-  for (int rank = 0; rank < shape.num_ranks; ++rank)
-    if (Hits(shape, ids, rank)) atomicAdd(&counts[columns.ranks + rank], 1);
+  });
+  int num_ranks = 0;
+  ForEachRank(shape, ids, [&](int rank) {
+    atomicAdd(&counts[columns.ranks + rank], 1);
+    if (send_ranks != nullptr) send_ranks[num_ranks++] = rank;
+  });
+  if (send_ranks != nullptr)
+    while (num_ranks < shape.topk) send_ranks[num_ranks++] = -1;
 }
 
 // Turns the histograms of the parts into the sums before each and, in one more row, over all: a
@@ -88,7 +94,10 @@ __global__ void __launch_bounds__(kMaxTeams* kTeamThreads)
     if (!arena.receives()) continue;
     team.Sync();
     const int64_t token = part.begin + team.thread;
-    if (ids != nullptr && token < part.end) CountToken(shape, ids + token * shape.topk, counts);
+    if (ids != nullptr && token < part.end)
+      CountToken(
+          shape, ids + token * shape.topk, counts,
+          part.source == arena.rank ? params.tables.send_ranks + token * shape.topk : nullptr);
     team.Sync();
     int32_t* histogram = arena.Histogram(part.histogram);
     for (int i = team.thread; i < size; i += kTeamThreads) histogram[i] = counts[i];

@@ -9,13 +9,20 @@ namespace {
 
 constexpr unsigned kAll = 0xffffffffu;
 
+// Rows of a group with the padding behind them. In 32 bits: 64 take several times as long to
+// divide.
+__device__ __forceinline__ int64_t Aligned(int32_t rows, int32_t alignment) {
+  const unsigned n = rows, step = alignment;
+  return int64_t{(n + step - 1) / step * step};
+}
+
 // values[i] becomes the sum of the aligned values before it. One warp.
 __device__ void ExclusiveScan(int32_t* values, int n, int alignment) {
   const int lane = threadIdx.x % 32;
   int64_t total = 0;
   for (int begin = 0; begin < n; begin += 32) {
     const int i = begin + lane;
-    const int64_t value = i < n ? CeilDiv(values[i], alignment) * alignment : 0;
+    const int64_t value = i < n ? Aligned(values[i], alignment) : 0;
     int64_t sum = value;
     for (int step = 1; step < 32; step *= 2) {
       const int64_t below = __shfl_up_sync(kAll, sum, step);
@@ -78,22 +85,6 @@ __device__ __forceinline__ int32_t KeptRow(const MoEShape& shape, int64_t row) {
   return row < shape.capacity ? static_cast<int32_t>(row) : static_cast<int32_t>(kDropped);
 }
 
-// The ranks that one of my tokens goes to, ascending: a thread per token.
-__device__ void FillSendRanks(const MoEShape& shape, const RouteParams& params, int64_t token) {
-  const int32_t* ids = params.topk_ids + token * shape.topk;
-  int32_t* ranks = params.tables.send_ranks + token * shape.topk;
-  int last = -1;
-  for (int i = 0; i < shape.topk; ++i) {
-    int next = INT32_MAX;
-    for (int k = 0; k < shape.topk; ++k) {
-      const int rank = IsExpert(shape, ids[k]) ? ids[k] / shape.local_experts() : -1;
-      if (rank > last) next = min(next, rank);
-    }
-    ranks[i] = next == INT32_MAX ? -1 : next;
-    last = next;
-  }
-}
-
 // Rows of kRankMajor: a thread per token, which has one row or none. It holds the ids of its local
 // experts.
 __device__ void PlaceTokenRows(const MoEShape& shape, const Arena& arena, const Team& team,
@@ -102,7 +93,9 @@ __device__ void PlaceTokenRows(const MoEShape& shape, const Arena& arena, const 
   const int lane = threadIdx.x % 32, column = HistogramColumns(shape).ranks + arena.rank;
   const int64_t token = part.begin + team.thread;
   const int32_t* mine = ids + token * shape.topk;
-  const bool hit = token < part.end && Hits(shape, mine, arena.rank);
+  bool hit = false;
+  if (token < part.end)
+    ForEachId(mine, shape.topk, [&](int id) { hit |= LocalExpert(shape, arena.rank, id) >= 0; });
   const unsigned hits = __ballot_sync(kAll, hit);
   if (lane == 0) hits_of_warps[team.warp] = __popc(hits);
   team.Sync();
@@ -122,6 +115,26 @@ __device__ void PlaceTokenRows(const MoEShape& shape, const Arena& arena, const 
   }
 }
 
+// Calls f with the group of each (token, k) from `begin` on, 32 at a time, in order: a warp. Ids of
+// several turns are loaded at a time, since loads take longer than all that is done with them.
+template <typename F>
+__device__ __forceinline__ void ForEachGroup(const MoEShape& shape, int me, const int32_t* ids,
+                                             int64_t begin, int64_t end, const F& f) {
+  constexpr int kBatch = 8;
+  const int lane = threadIdx.x % 32;
+  for (int64_t first = begin; first < end; first += 32 * kBatch) {
+    int groups[kBatch];
+#pragma unroll
+    for (int turn = 0; turn < kBatch; ++turn) {
+      const int64_t i = first + 32 * turn + lane;
+      groups[turn] = i < end ? LocalExpert(shape, me, ids[i]) : -1;
+    }
+#pragma unroll
+    for (int turn = 0; turn < kBatch; ++turn)
+      if (first + 32 * turn < end) f(first + 32 * turn + lane, groups[turn]);
+  }
+}
+
 // Rows of kFlat: a warp takes 32 (token, k) at a time, in order; equal groups among them are told
 // apart by lane, and the next 32 continue where these end.
 __device__ void PlaceExpertRows(const MoEShape& shape, const Arena& arena, const Team& team,
@@ -131,39 +144,38 @@ __device__ void PlaceExpertRows(const MoEShape& shape, const Arena& arena, const
   int32_t* next = next_of_warps + team.warp * num_groups;
   const int64_t first = part.begin + team.warp * 32;
   const int64_t begin = min(first, part.end) * topk, end = min(first + 32, part.end) * topk;
-  const auto group_at = [&](int64_t i) {
-    return i < end ? LocalExpert(shape, arena.rank, ids[i]) : -1;
-  };
   for (int group = lane; group < num_groups; group += 32) next[group] = 0;
   __syncwarp();
-  for (int64_t i = begin + lane; i < end; i += 32)
-    if (const int group = group_at(i); group >= 0) atomicAdd(&next[group], 1);
+  ForEachGroup(shape, arena.rank, ids, begin, end, [&](int64_t, int group) {
+    if (group >= 0) atomicAdd(&next[group], 1);
+  });
   team.Sync();
   for (int group = team.thread; group < num_groups; group += kTeamThreads) {
     const int column = HistogramColumns(shape).experts + arena.rank * shape.local_experts() + group;
     int64_t row =
         static_cast<int64_t>(groups.starts[group]) + CountRange(arena, column, 0, part.histogram);
+    int counts[kTeamWarps];
+#pragma unroll
+    for (int warp = 0; warp < kTeamWarps; ++warp)
+      counts[warp] = next_of_warps[warp * num_groups + group];
+#pragma unroll
     for (int warp = 0; warp < kTeamWarps; ++warp) {
-      int32_t* of_warp = &next_of_warps[warp * num_groups + group];
-      const int count = *of_warp;
       // Far enough from the end that what is added does not wrap around.
-      *of_warp = static_cast<int32_t>(min(row, static_cast<int64_t>(INT32_MAX - 32 * 32)));
-      row += count;
+      next_of_warps[warp * num_groups + group] =
+          static_cast<int32_t>(min(row, static_cast<int64_t>(INT32_MAX - 32 * 32)));
+      row += counts[warp];
     }
   }
   team.Sync();
-  for (int64_t wave = begin; wave < end; wave += 32) {
-    const int64_t i = wave + lane;
-    const int group = group_at(i);
+  int32_t* rows = params.tables.recv_rows + part.source * params.num_tokens * topk;
+  ForEachGroup(shape, arena.rank, ids, begin, end, [&](int64_t i, int group) {
     const unsigned same = __match_any_sync(kAll, group);
     const int64_t row = group >= 0 ? next[group] + __popc(same & ((1u << lane) - 1)) : 0;
     __syncwarp();
     if (group >= 0 && lane == __ffs(same) - 1) next[group] += __popc(same);
     __syncwarp();
-    if (i < end)
-      params.tables.recv_rows[part.source * params.num_tokens * topk + i] =
-          group >= 0 ? KeptRow(shape, row) : static_cast<int32_t>(kNotMine);
-  }
+    if (i < end) rows[i] = group >= 0 ? KeptRow(shape, row) : static_cast<int32_t>(kNotMine);
+  });
   team.Sync();  // before the next part's
 }
 
@@ -179,8 +191,7 @@ __device__ void CountNeeded(const MoEShape& shape, const Arena& arena, int parts
     } else {
       for (int e = lane; e < shape.local_experts(); e += 32) {
         const int column = columns.experts + rank * shape.local_experts() + e;
-        rows += CeilDiv(CountRange(arena, column, 0, parts), shape.expert_alignment) *
-                shape.expert_alignment;
+        rows += Aligned(CountRange(arena, column, 0, parts), shape.expert_alignment);
       }
     }
     for (int step = 16; step > 0; step /= 2) rows += __shfl_xor_sync(kAll, rows, step);
@@ -222,7 +233,7 @@ __device__ int FillGroupTables(const MoEShape& shape, const RouteParams& params,
     atomicAdd(&dropped, static_cast<int>(total - kept));
     if (group == num_groups - 1) {
       const int alignment = shape.layout == OutputLayout::kRankMajor ? 1 : shape.expert_alignment;
-      const int64_t end = start + CeilDiv(total, alignment) * alignment;
+      const int64_t end = start + Aligned(groups.totals[group], alignment);
       out.group_offsets[num_groups] = params.offsets[num_groups] =
           static_cast<int32_t>(min(end, shape.capacity));
     }
@@ -284,8 +295,6 @@ __global__ void __launch_bounds__(kMaxTeams* kTeamThreads)
     const Part part(arena, params.num_tokens, number);
     const bool mine = part.source == arena.rank;
     const int32_t* ids = mine ? params.topk_ids : arena.Ids(epoch, arena.rank, part.source);
-    if (mine && part.begin + team.thread < part.end)
-      FillSendRanks(shape, params, part.begin + team.thread);
     if (rank_major)
       PlaceTokenRows(shape, arena, team, params, part, groups, counts.next, ids);
     else

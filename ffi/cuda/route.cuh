@@ -23,7 +23,8 @@ JAX_EP_HOST_DEVICE inline int PartsPerSource(int64_t num_tokens) {
   return num_tokens == 0 ? 1 : static_cast<int>(CeilDiv(num_tokens, kTokensPerRoutePart));
 }
 
-// As many teams per block as its shared memory allows.
+// A block for each part while there are enough, then more teams per block, as its shared memory
+// allows.
 struct RouteLaunch {
   int teams, blocks;
   size_t shared_bytes;
@@ -32,21 +33,42 @@ struct RouteLaunch {
               size_t bytes_per_block) {
     constexpr size_t kSharedBytes = 96 << 10;
     const size_t left = kSharedBytes > bytes_per_block ? kSharedBytes - bytes_per_block : 0;
-    teams = static_cast<int>(std::clamp<size_t>(left / bytes_per_team, 1, kMaxTeams));
     const int64_t parts = int64_t{shape.num_ranks} * PartsPerSource(num_tokens);
+    const auto most = static_cast<int64_t>(std::clamp<size_t>(left / bytes_per_team, 1, kMaxTeams));
+    teams = static_cast<int>(std::min(CeilDiv(parts, kMaxRouteBlocks), most));
     blocks = static_cast<int>(std::min<int64_t>(CeilDiv(parts, teams), kMaxRouteBlocks));
     shared_bytes = bytes_per_block + teams * bytes_per_team;
   }
   Grid GridOf(int num_blocks) const { return {num_blocks, teams * kTeamThreads, shared_bytes}; }
 };
 
-// Whether one of a token's experts lives on `rank`.
-__device__ __forceinline__ bool Hits(const MoEShape& shape, const int32_t* ids, int rank) {
-  // Unsigned, so that an id before the first is far past the last, and none overflows.
-  const unsigned local = shape.local_experts(), first = rank * local;
-  bool hit = false;
-  for (int k = 0; k < shape.topk; ++k) hit |= static_cast<unsigned>(ids[k]) - first < local;
-  return hit;
+// Calls f with each of a token's ids, or with -1; several are loaded at a time, since loads take
+// longer than all that is done with them.
+template <typename F>
+__device__ __forceinline__ void ForEachId(const int32_t* ids, int topk, const F& f) {
+  constexpr int kBatch = 8;
+  for (int begin = 0; begin < topk; begin += kBatch) {
+    int32_t batch[kBatch];
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) batch[k] = begin + k < topk ? ids[begin + k] : -1;
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) f(batch[k]);
+  }
+}
+
+// Calls f with each rank that a token goes to, ascending.
+template <typename F>
+__device__ __forceinline__ void ForEachRank(const MoEShape& shape, const int32_t* ids, const F& f) {
+  constexpr unsigned kWindow = 64;
+  for (unsigned first = 0; first < static_cast<unsigned>(shape.num_ranks); first += kWindow) {
+    uint64_t ranks = 0;
+    ForEachId(ids, shape.topk, [&](int id) {
+      const unsigned rank = static_cast<unsigned>(id) / shape.local_experts() - first;
+      if (IsExpert(shape, id) && rank < kWindow) ranks |= uint64_t{1} << rank;
+    });
+    for (; ranks != 0; ranks &= ranks - 1)
+      f(static_cast<int>(first) + __ffsll(static_cast<long long>(ranks)) - 1);
+  }
 }
 
 // Tokens of one source that a team works on.

@@ -47,7 +47,14 @@ int64_t Size(const Buffer& buffer) {
   return static_cast<int64_t>(buffer.element_count());
 }
 
-float* OrNull(const Floats& buffer) { return Size(buffer) == 0 ? nullptr : buffer.typed_data(); }
+template <typename Buffer>
+bool IsGiven(const Buffer& operand) {
+  return operand.dimensions().size() > 0;
+}
+
+const float* OrNull(const Floats& operand) {
+  return IsGiven(operand) ? operand.typed_data() : nullptr;
+}
 
 // [T, H] or [C, H]; T may be 0.
 int64_t Rows(const ffi::AnyBuffer& buffer) {
@@ -68,7 +75,7 @@ RouteTables ParseTables(const MoEShape& shape, const Ints& tables, int64_t num_t
 
 // Of the request that an op is the receiving half of; null if it is whole.
 const int32_t* ParseTicket(const Ints& ticket, Checks* checks) {
-  if (Size(ticket) == 0) return nullptr;
+  if (!IsGiven(ticket)) return nullptr;
   checks->Elements("ticket", Size(ticket), kTicketSize);
   return ticket.typed_data();
 }
@@ -129,14 +136,14 @@ DispatchParams ParseSent(const MoEShape& shape, const ffi::AnyBuffer& x, const F
   params.quant = quant;
   CheckNumTokens(shape, params.num_tokens, checks);
   checks->Elements("x", Size(x), params.num_tokens * shape.hidden_size);
-  if (Size(weights) > 0) checks->Elements("weights", Size(weights), params.num_tokens * shape.topk);
+  if (IsGiven(weights)) checks->Elements("weights", Size(weights), params.num_tokens * shape.topk);
   if (quant.block != 0) {
     const bool divides = shape.hidden_size % quant.block == 0;
     checks->True(divides, "scales: not a whole number for each row");
     checks->True(!divides || shape.hidden_size + params.scale_row_bytes(shape) <= shape.row_bytes(),
                  "scales: more than the place of a plain row has room for");
   }
-  if (quant.block == 0 || Size(scales) == 0) {
+  if (quant.block == 0 || !IsGiven(scales)) {
     checks->Type("x", x.element_type(), XlaType(shape.dtype));
     return params;
   }
@@ -159,10 +166,10 @@ DispatchParams ParseRows(const MoEShape& shape, int64_t fill, const ffi::AnyBuff
   params.ticket = ParseTicket(ticket, checks);
   checks->Elements("tokens", Size(*tokens), rows * shape.hidden_size);
   params.tokens = tokens->untyped_data();
-  if (Size(*row_scalars) > 0 || Size(weights) > 0 || scaled)
+  if (Size(*row_scalars) > 0 || IsGiven(weights) || scaled)
     checks->Elements("row_scalars", Size(*row_scalars),
                      rows * (scaled ? 1 : shape.weights_per_row()));
-  params.row_scalars = OrNull(*row_scalars);
+  params.row_scalars = Size(*row_scalars) > 0 ? row_scalars->typed_data() : nullptr;
   params.fill = fill != 0;
   return params;
 }
@@ -177,7 +184,7 @@ CombineParams ParseSums(const MoEShape& shape, int64_t num_tokens, const ffi::An
   CheckNumTokens(shape, num_tokens, checks);
   checks->Type("y", y.element_type(), XlaType(shape.dtype));
   checks->Elements("y", Size(y), shape.capacity * shape.hidden_size);
-  if (Size(row_weights) > 0) checks->Elements("row_weights", Size(row_weights), shape.capacity);
+  if (IsGiven(row_weights)) checks->Elements("row_weights", Size(row_weights), shape.capacity);
   params.tables = ParseTables(shape, tables, num_tokens, checks);
   return params;
 }
@@ -218,7 +225,7 @@ ffi::ErrorOr<DispatchParams> ParseDispatchCached(const MoEShape& shape, int64_t 
                                                  ffi::AnyBuffer y, Floats row_weights, Ints ticket,
                                                  AnyOut tokens, FloatsOut row_scalars,
                                                  AnyOut row_scales) {
-  const bool scaled = Size(row_weights) > 0;
+  const bool scaled = IsGiven(row_weights);
   Checks checks;
   DispatchParams dispatch = ParseRows(shape, fill, x, weights, scales, tables, ticket, scaled,
                                       tokens, row_scalars, row_scales, &checks);
@@ -243,7 +250,7 @@ ffi::ErrorOr<CombineParams> ParseCombine(const MoEShape& shape, ffi::AnyBuffer y
   checks.Type("out", out->element_type(), XlaType(shape.dtype));
   checks.Elements("out", Size(*out), combine.num_tokens * shape.hidden_size);
   combine.out = out->untyped_data();
-  if (Size(row_scalars) > 0) {
+  if (IsGiven(row_scalars)) {
     checks.True(combine.ticket == nullptr, "row_scalars: not beside a ticket");
     checks.Elements("row_scalars", Size(row_scalars), shape.capacity * shape.weights_per_row());
     checks.Elements("token_scalars", Size(*token_scalars), combine.num_tokens * shape.topk);
@@ -261,7 +268,7 @@ ffi::ErrorOr<DispatchStartParams> ParseDispatchStart(const MoEShape& shape, int6
   Checks checks;
   const QuantParams quant = QuantOf(shape, block, quant_dtype, scale_dtype, &checks);
   DispatchParams dispatch = ParseSent(shape, x, weights, scales, quant, &checks);
-  const bool is_fresh = Size(topk_ids) > 0;
+  const bool is_fresh = IsGiven(topk_ids);
   if (is_fresh)
     checks.Elements("topk_ids", Size(topk_ids), dispatch.num_tokens * shape.topk);
   else

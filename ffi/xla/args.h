@@ -24,7 +24,8 @@ constexpr int64_t kTicketSize = 2;
 
 // The operands and results of each op, in the order of its handlers' parameters. `begin` binds what
 // the backend needs before them. With a ticket an op is the receiving half of the request that gave
-// it: its other operands are those of the sending half.
+// it: its other operands are those of the sending half. A scalar stands for an operand that is
+// absent, an empty buffer for a result that is.
 template <typename Binding>
 auto BindDispatch(Binding begin) {
   return std::move(begin)
@@ -32,9 +33,9 @@ auto BindDispatch(Binding begin) {
       .template Attr<int64_t>("fill")
       .template Arg<Ints>()             // topk_ids
       .template Arg<ffi::AnyBuffer>()   // x
-      .template Arg<Floats>()           // weights, or empty
-      .template Arg<ffi::AnyBuffer>()   // scales, or empty
-      .template Arg<Ints>()             // ticket, or empty
+      .template Arg<Floats>()           // weights, or a scalar
+      .template Arg<ffi::AnyBuffer>()   // scales, or a scalar
+      .template Arg<Ints>()             // ticket, or a scalar
       .template Ret<Ints>()             // tables
       .template Ret<Ints>()             // num_tokens_per_expert
       .template Ret<Ints>()             // offsets
@@ -50,12 +51,12 @@ auto BindDispatchCached(Binding begin) {
       .template Attr<int64_t>("comm")
       .template Attr<int64_t>("fill")
       .template Arg<ffi::AnyBuffer>()   // x
-      .template Arg<Floats>()           // weights, or empty
-      .template Arg<ffi::AnyBuffer>()   // scales, or empty
+      .template Arg<Floats>()           // weights, or a scalar
+      .template Arg<ffi::AnyBuffer>()   // scales, or a scalar
       .template Arg<Ints>()             // tables
-      .template Arg<ffi::AnyBuffer>()   // y, or empty
-      .template Arg<Floats>()           // row_weights, or empty
-      .template Arg<Ints>()             // ticket, or empty
+      .template Arg<ffi::AnyBuffer>()   // y, or a scalar
+      .template Arg<Floats>()           // row_weights, or a scalar
+      .template Arg<Ints>()             // ticket, or a scalar
       .template Ret<ffi::AnyBuffer>()   // tokens
       .template Ret<Floats>()           // row_scalars, or empty
       .template Ret<ffi::AnyBuffer>();  // row_scales, or empty
@@ -65,10 +66,10 @@ auto BindCombine(Binding begin) {
   return std::move(begin)
       .template Attr<int64_t>("comm")
       .template Arg<ffi::AnyBuffer>()  // y
-      .template Arg<Floats>()          // row_weights, or empty
-      .template Arg<Floats>()          // row_scalars, or empty
+      .template Arg<Floats>()          // row_weights, or a scalar
+      .template Arg<Floats>()          // row_scalars, or a scalar
       .template Arg<Ints>()            // tables
-      .template Arg<Ints>()            // ticket, or empty
+      .template Arg<Ints>()            // ticket, or a scalar
       .template Ret<ffi::AnyBuffer>()  // out
       .template Ret<Floats>();         // token_scalars, or empty
 }
@@ -79,11 +80,11 @@ auto BindDispatchStart(Binding begin) {
       .template Attr<int64_t>("block")
       .template Attr<int64_t>("quant_dtype")
       .template Attr<int64_t>("scale_dtype")
-      .template Arg<Ints>()            // topk_ids, or empty
+      .template Arg<Ints>()            // topk_ids, or a scalar
       .template Arg<ffi::AnyBuffer>()  // x
-      .template Arg<Floats>()          // weights, or empty
-      .template Arg<ffi::AnyBuffer>()  // scales, or empty
-      .template Arg<Ints>()            // tables, or empty
+      .template Arg<Floats>()          // weights, or a scalar
+      .template Arg<ffi::AnyBuffer>()  // scales, or a scalar
+      .template Arg<Ints>()            // tables, or a scalar
       .template Ret<Ints>();           // ticket
 }
 template <typename Binding>
@@ -92,7 +93,7 @@ auto BindCombineStart(Binding begin) {
       .template Attr<int64_t>("comm")
       .template Attr<int64_t>("num_tokens")
       .template Arg<ffi::AnyBuffer>()  // y
-      .template Arg<Floats>()          // row_weights, or empty
+      .template Arg<Floats>()          // row_weights, or a scalar
       .template Arg<Ints>()            // tables
       .template Ret<Ints>();           // ticket
 }
