@@ -37,7 +37,7 @@ target_include_directories(jax_ep_cuda_ops PUBLIC ffi)
 target_link_libraries(jax_ep_cuda_ops PUBLIC CUDA::cudart_static)
 target_compile_options(jax_ep_cuda_ops PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-lineinfo>)
 
-nanobind_add_module(_cuda NB_STATIC ffi/xla/args.cc ffi/xla/cuda_module.cc)
+nanobind_add_module(_cuda NB_STATIC STABLE_ABI NB_DOMAIN jax_ep_cuda ffi/xla/args.cc ffi/xla/cuda_module.cc)
 target_include_directories(_cuda SYSTEM PRIVATE ${XLA_FFI_INCLUDE})
 target_link_libraries(_cuda PRIVATE jax_ep_cuda_ops)
 install(TARGETS _cuda LIBRARY DESTINATION jax_ep)

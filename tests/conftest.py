@@ -7,8 +7,11 @@ Environment:
 
 import os
 
-# Before jax is imported. Processes that tests start share the GPUs with this one.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+# Before jax is imported. Compiling is most of a run on CPUs: what runs once need not be fast. XLA_FLAGS of the caller
+# come last, and count.
+_LEVEL = "" if os.path.exists("/dev/nvidia0") else " --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8{_LEVEL} {os.environ.get('XLA_FLAGS', '')}"
+# Processes that tests start share the GPUs with this one.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import hypothesis
