@@ -29,6 +29,7 @@ import train_moe_lm
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from text import printable
 
 import jax_ep
 
@@ -187,7 +188,7 @@ def train(mesh: jax.sharding.Mesh, args: argparse.Namespace):
     # A schedule of no steps there is not.
     options = ("--steps", max(1, args.train_steps), "--seed", args.seed, "--seq-len", 64)
     sizes = train_moe_lm.parse_arguments(map(str, options))
-    text = train_moe_lm.Text(mesh, sizes)
+    text = train_moe_lm.open_text(mesh, sizes)
     with train_moe_lm.make_communicator(mesh, sizes, args.implementation) as comm:
         trainer, start = train_moe_lm.Trainer(comm, sizes), time.perf_counter()
         state, history = train_moe_lm.train(trainer, text, args.train_steps, lambda _: None)
@@ -236,7 +237,7 @@ def main(argv=None) -> None:
         written, margins, seconds = write(decoder, state, text)
         for before, line in zip(prompts(args), written, strict=True):
             length = (before != UNWRITTEN).sum()
-            print(f"---\n{train_moe_lm.printable(line[:length])}|{train_moe_lm.printable(line[length:])}")
+            print(f"---\n{printable(line[:length])}|{printable(line[length:])}")
         steps = text.shape[1] - 1
         print(
             f"---\n{args.batch * steps / seconds:,.0f} tokens/s, {seconds / steps * 1e3:.2f} ms a step: {args.batch} "

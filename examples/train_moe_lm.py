@@ -31,7 +31,6 @@ import os
 import pathlib
 import sys
 import time
-from pydoc_data.topics import topics
 from typing import NamedTuple
 
 import jax
@@ -42,11 +41,11 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from matplotlib.figure import Figure
+from text import NUM_BYTES, Text, printable
 from tqdm import tqdm
 
 import jax_ep
 
-NUM_BYTES = 256
 NUM_VIRTUAL_CPU_DEVICES = 8
 HEAD_SIZE = 32
 # Rows that a rank can receive, over what it receives when all experts are equally busy.
@@ -140,8 +139,8 @@ class Attention(nnx.Module):
 
 
 def rotate(x: jax.Array, start: int | jax.Array = 0) -> jax.Array:
-    """Rotary position embedding (Su et al., 2021) of `x` [batch, length, heads, HEAD_SIZE], from position `start`."""
-    half = HEAD_SIZE // 2
+    """Rotary position embedding (Su et al., 2021) of `x` [batch, length, heads, head size], from position `start`."""
+    half = x.shape[-1] // 2
     angles = (start + jnp.arange(x.shape[1]))[:, None, None] / 1e4 ** (jnp.arange(half) / half)
     cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
     left, right = jnp.split(x, 2, axis=-1)
@@ -180,41 +179,6 @@ class LanguageModel(nnx.Module):
             x, block_stats = block(x)
             stats.append(block_stats)
         return self.head(self.norm(x)).astype(jnp.float32), jax.tree.map(lambda *layers: jnp.stack(layers), *stats)
-
-
-# ---- The text ----
-
-
-class Text:
-    """Python's language reference in batches of bytes; a tenth of it, here and there, is kept for validation."""
-
-    def __init__(self, mesh: jax.sharding.Mesh, args: argparse.Namespace):
-        text = np.frombuffer("\n\n".join(topics.values()).encode(), np.uint8)
-        frequency = np.bincount(text, minlength=NUM_BYTES) / text.size
-        self.num_bytes = text.size
-        self.entropy = -np.sum(frequency * np.log(frequency, where=frequency > 0, out=np.zeros(NUM_BYTES)))
-        parts = np.array_split(text, 100)
-        self._validation = np.concatenate(parts[::10])
-        self._train = np.concatenate([part for i, part in enumerate(parts) if i % 10])
-        self._sharding = NamedSharding(mesh, P("ep"))
-        self._batch, self._window, self._seed = args.batch, args.seq_len + 1, args.seed
-
-    def training_batch(self, step: int) -> jax.Array:
-        """`[batch, seq_len + 1]` from random places."""
-        random = np.random.default_rng((self._seed, step))
-        return self._cut(self._train, random.integers(0, self._train.size - self._window, self._batch))
-
-    def validation_batches(self, count: int) -> list[jax.Array]:
-        """Always the same, from evenly spread places."""
-        starts = np.linspace(0, self._validation.size - self._window, count * self._batch, dtype=int)
-        return [self._cut(self._validation, some) for some in np.split(starts, count)]
-
-    def _cut(self, text: np.ndarray, starts: np.ndarray) -> jax.Array:
-        return self.put(np.stack([text[start : start + self._window] for start in starts]))
-
-    def put(self, batch: np.ndarray) -> jax.Array:
-        """Every process draws the whole batch, and gives each of its devices that one's part."""
-        return jax.make_array_from_callback(batch.shape, self._sharding, lambda part: batch[part])
 
 
 # ---- Training ----
@@ -379,11 +343,6 @@ def continuation(trainer: Trainer, state, text: Text, args: argparse.Namespace) 
     return printable(samples[0])
 
 
-def printable(text: np.ndarray) -> str:
-    """Hardly trained, a model may write what a terminal obeys."""
-    return "".join(chr(byte) if chr(byte).isprintable() or byte == ord("\n") else "·" for byte in text)
-
-
 # ---- The command ----
 
 
@@ -403,9 +362,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of activations; parameters are float32")
     add("--output", type=pathlib.Path, default=pathlib.Path("out/train_moe_lm.png"), help="the plot")
     add("--seed", type=int, default=0, help="of parameters, batches and the sample")
-    add("--coordinator", metavar="HOST:PORT", help="of jax.distributed, where several processes train together")
-    add("--num-processes", type=int, default=1, help="with --coordinator")
-    add("--process-id", type=int, default=0, help="with --coordinator")
+    add_process_arguments(parser)
     args = parser.parse_args(argv)
     if args.hidden % HEAD_SIZE:
         parser.error(f"--hidden: expected a multiple of {HEAD_SIZE}, got {args.hidden}")
@@ -414,17 +371,33 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     return args
 
 
-def make_mesh(args: argparse.Namespace) -> jax.sharding.Mesh:
-    """All devices of all processes along "ep"."""
+def add_process_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--coordinator", metavar="HOST:PORT", help="of jax.distributed, where several processes train together")
+    add("--num-processes", type=int, default=1, help="with --coordinator")
+    add("--process-id", type=int, default=0, help="with --coordinator")
+
+
+def start_jax(args: argparse.Namespace, num_cpu_devices: int = NUM_VIRTUAL_CPU_DEVICES) -> None:
+    """Starts the process's part of `jax.distributed`; without GPUs, with its part of that many virtual CPU devices."""
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         # Of no effect on GPUs.
-        jax.config.update("jax_num_cpu_devices", max(1, NUM_VIRTUAL_CPU_DEVICES // args.num_processes))
+        jax.config.update("jax_num_cpu_devices", max(1, num_cpu_devices // args.num_processes))
     if args.coordinator:
         jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
+
+
+def make_mesh(args: argparse.Namespace) -> jax.sharding.Mesh:
+    """All devices of all processes along "ep"."""
+    start_jax(args)
     mesh = jax.make_mesh((jax.device_count(),), ("ep",), axis_types=(AxisType.Auto,))
     if args.batch % mesh.size:
         sys.exit(f"--batch: expected a multiple of the {mesh.size} devices, got {args.batch}")
     return mesh
+
+
+def open_text(mesh: jax.sharding.Mesh, args: argparse.Namespace) -> Text:
+    return Text(NamedSharding(mesh, P("ep")), batch=args.batch, seq_len=args.seq_len, seed=args.seed)
 
 
 def make_communicator(mesh, args: argparse.Namespace, implementation: str | None) -> jax_ep.MoECommunicator:
@@ -446,9 +419,9 @@ def make_communicator(mesh, args: argparse.Namespace, implementation: str | None
 def main(argv=None) -> None:
     start, args = time.perf_counter(), parse_arguments(argv)
     mesh = make_mesh(args)
-    text = Text(mesh, args)
+    text = open_text(mesh, args)
     say = tqdm.write if jax.process_index() == 0 else lambda _: None
-    say(f"{text.num_bytes:,} bytes of Python's language reference, unigram entropy {text.entropy:.3f} nats/byte")
+    say(f"{text.num_bytes:,} bytes of {text.name}, unigram entropy {text.entropy:.3f} nats/byte")
     with make_communicator(mesh, args, args.implementation) as comm, make_communicator(mesh, args, "reference") as ref:
         trainer = Trainer(comm, args)
         say(
