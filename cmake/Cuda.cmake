@@ -39,7 +39,7 @@ target_compile_options(jax_ep_cuda_ops PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-linei
 
 nanobind_add_module(_cuda NB_STATIC STABLE_ABI NB_DOMAIN jax_ep_cuda ffi/xla/args.cc ffi/xla/cuda_module.cc)
 target_include_directories(_cuda SYSTEM PRIVATE ${XLA_FFI_INCLUDE})
-target_link_libraries(_cuda PRIVATE jax_ep_cuda_ops)
+target_link_libraries(_cuda PRIVATE jax_ep_cuda_ops ${CMAKE_DL_LIBS})
 install(TARGETS _cuda LIBRARY DESTINATION jax_ep)
 
 # For compute-sanitizer: the kernels without Python or XLA around them.

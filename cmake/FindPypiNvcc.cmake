@@ -31,7 +31,7 @@ if(NOT CMAKE_CUDA_COMPILER)
   foreach(_cuda_root IN LISTS _cuda_roots)
     set(_missing "")
     foreach(_file bin/nvcc nvvm/bin/cicc include/cuda_runtime.h include/crt/host_config.h include/cccl/cuda/atomic
-                  lib/libcudart_static.a)
+                  include/nvtx3/nvToolsExt.h lib/libcudart_static.a)
       if(NOT EXISTS ${_cuda_root}/${_file})
         list(APPEND _missing ${_file})
       endif()

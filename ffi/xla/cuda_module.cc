@@ -6,6 +6,7 @@
 
 #include "common/registry.h"
 #include "cuda/communicator.h"
+#include "cuda/nvtx.h"
 #include "xla/args.h"
 #include "xla/module.h"
 
@@ -18,10 +19,16 @@ auto BindCall() {
   return ffi::Ffi::Bind().Ctx<ffi::DeviceOrdinal>().Ctx<ffi::PlatformStream<cudaStream_t>>();
 }
 
+// The name of an op's launch, or of its receiving half's if it has a ticket.
+const char* NameOf(const Ints& ticket, const char* whole, const char* receiving_half) {
+  return ticket.dimensions().size() > 0 ? receiving_half : whole;
+}
+
 template <typename Params, typename... Buffers>
-ffi::Error Launch(ffi::ErrorOr<Params> (*parse)(const MoEShape&, Buffers...),
+ffi::Error Launch(const char* name, ffi::ErrorOr<Params> (*parse)(const MoEShape&, Buffers...),
                   std::string (cuda::Communicator::*op)(int32_t, const Params&, cudaStream_t),
                   int32_t ordinal, cudaStream_t stream, int64_t comm, Buffers... buffers) {
+  const cuda::NvtxRange range(name);
   const auto communicator = Communicators::Get().Find(comm);
   if (communicator == nullptr) return Destroyed();
   if (FindPlace(communicator->spec(), ordinal).rank < 0) return NotAMember(ordinal);
@@ -36,16 +43,18 @@ ffi::Error Dispatch(int32_t ordinal, cudaStream_t stream, int64_t comm, int64_t 
                     IntsOut tables, IntsOut num_tokens_per_expert, IntsOut offsets,
                     IntsOut num_dropped, IntsOut recv_topk_ids, AnyOut tokens,
                     FloatsOut row_scalars, AnyOut row_scales) {
-  return Launch(ParseDispatch, &cuda::Communicator::Dispatch, ordinal, stream, comm, fill, topk_ids,
-                x, weights, scales, ticket, tables, num_tokens_per_expert, offsets, num_dropped,
-                recv_topk_ids, tokens, row_scalars, row_scales);
+  return Launch(NameOf(ticket, "jax_ep_dispatch", "jax_ep_dispatch (receive)"), ParseDispatch,
+                &cuda::Communicator::Dispatch, ordinal, stream, comm, fill, topk_ids, x, weights,
+                scales, ticket, tables, num_tokens_per_expert, offsets, num_dropped, recv_topk_ids,
+                tokens, row_scalars, row_scales);
 }
 
 ffi::Error DispatchCached(int32_t ordinal, cudaStream_t stream, int64_t comm, int64_t fill,
                           ffi::AnyBuffer x, Floats weights, ffi::AnyBuffer scales, Ints tables,
                           ffi::AnyBuffer y, Floats row_weights, Ints ticket, AnyOut tokens,
                           FloatsOut row_scalars, AnyOut row_scales) {
-  return Launch(ParseDispatchCached, &cuda::Communicator::DispatchCached, ordinal, stream, comm,
+  return Launch(NameOf(ticket, "jax_ep_dispatch_cached", "jax_ep_dispatch_cached (receive)"),
+                ParseDispatchCached, &cuda::Communicator::DispatchCached, ordinal, stream, comm,
                 fill, x, weights, scales, tables, y, row_weights, ticket, tokens, row_scalars,
                 row_scales);
 }
@@ -53,21 +62,24 @@ ffi::Error DispatchCached(int32_t ordinal, cudaStream_t stream, int64_t comm, in
 ffi::Error Combine(int32_t ordinal, cudaStream_t stream, int64_t comm, ffi::AnyBuffer y,
                    Floats row_weights, Floats row_scalars, Ints tables, Ints ticket, AnyOut out,
                    FloatsOut token_scalars) {
-  return Launch<CombineParams>(ParseCombine, &cuda::Communicator::Combine, ordinal, stream, comm, y,
+  return Launch<CombineParams>(NameOf(ticket, "jax_ep_combine", "jax_ep_combine (receive)"),
+                               ParseCombine, &cuda::Communicator::Combine, ordinal, stream, comm, y,
                                row_weights, row_scalars, tables, ticket, out, token_scalars);
 }
 
 ffi::Error DispatchStart(int32_t ordinal, cudaStream_t stream, int64_t comm, int64_t block,
                          int64_t quant_dtype, int64_t scale_dtype, Ints topk_ids, ffi::AnyBuffer x,
                          Floats weights, ffi::AnyBuffer scales, Ints tables, IntsOut ticket) {
-  return Launch(ParseDispatchStart, &cuda::Communicator::DispatchStart, ordinal, stream, comm,
-                block, quant_dtype, scale_dtype, topk_ids, x, weights, scales, tables, ticket);
+  return Launch(
+      topk_ids.dimensions().size() > 0 ? "jax_ep_dispatch (send)" : "jax_ep_dispatch_cached (send)",
+      ParseDispatchStart, &cuda::Communicator::DispatchStart, ordinal, stream, comm, block,
+      quant_dtype, scale_dtype, topk_ids, x, weights, scales, tables, ticket);
 }
 
 ffi::Error CombineStart(int32_t ordinal, cudaStream_t stream, int64_t comm, int64_t num_tokens,
                         ffi::AnyBuffer y, Floats row_weights, Ints tables, IntsOut ticket) {
-  return Launch(ParseCombineStart, &cuda::Communicator::CombineStart, ordinal, stream, comm,
-                num_tokens, y, row_weights, tables, ticket);
+  return Launch("jax_ep_combine (send)", ParseCombineStart, &cuda::Communicator::CombineStart,
+                ordinal, stream, comm, num_tokens, y, row_weights, tables, ticket);
 }
 
 ffi::Error TooFewRanks() {
@@ -86,7 +98,8 @@ ffi::Error CeilingStores(int32_t ordinal, cudaStream_t stream, int64_t comm, int
                                                          " rows, got " + std::to_string(rows)));
     return cuda::StoresParams{rows, repeats, x.untyped_data(), done->typed_data()};
   };
-  return Launch(parse, &cuda::Communicator::Stores, ordinal, stream, comm, repeats, x, done);
+  return Launch("jax_ep_ceiling_stores", parse, &cuda::Communicator::Stores, ordinal, stream, comm,
+                repeats, x, done);
 }
 
 ffi::Error CeilingFlags(int32_t ordinal, cudaStream_t stream, int64_t comm, int64_t rounds,
@@ -96,7 +109,8 @@ ffi::Error CeilingFlags(int32_t ordinal, cudaStream_t stream, int64_t comm, int6
     if (shape.num_ranks < 2) return ffi::Unexpected(TooFewRanks());
     return cuda::FlagsParams{static_cast<uint32_t>(rounds), done->typed_data()};
   };
-  return Launch(parse, &cuda::Communicator::Flags, ordinal, stream, comm, rounds, done);
+  return Launch("jax_ep_ceiling_flags", parse, &cuda::Communicator::Flags, ordinal, stream, comm,
+                rounds, done);
 }
 
 // A launch depends on nothing that the host computes per call, so it may be captured and replayed.
