@@ -29,8 +29,7 @@ struct ArenaHeader {
   uint32_t epoch;        // exchanges completed; the next one is epoch + 1
   uint32_t failed;       // a peer was lost: no wait lasts any more
   uint32_t blocks_done;  // of the running exchange
-  uint32_t route_blocks_done;
-  uint32_t send_tasks;  // dealt out in the running exchange
+  uint32_t send_tasks;   // dealt out in the running exchange
   uint32_t receive_tasks;
   uint32_t in_flight;     // whether a request that uses this arena is to be received
   uint32_t num_requests;  // of the first arena: requests started so far
@@ -51,7 +50,7 @@ struct ArenaLayout {
   int64_t chunk_flags;  // [R, chunks] flags: what these tokens send is here
   int64_t token_flags;  // [R, Tmax] flags: what this token sends is here; low-latency mode
   int64_t pings;        // [2] flags of the benchmark
-  int64_t histograms;   // [R * route parts + 1, histogram_size] this GPU's scratch
+  int64_t histograms;   // [R * route parts, histogram_size] this GPU's scratch
   int64_t ids;          // [2, R, Tmax, K] int32; in the low-latency mode with the epoch, 64 bits
   int64_t scalars;      // [2, R, Tmax, K] float32
   int64_t rows;         // [2, R - 1, Tmax, row_bytes]
@@ -88,7 +87,7 @@ struct ArenaLayout {
     chunk_flags = take(ranks * max_chunks * 4);
     token_flags = take(shape.low_latency ? ranks * tokens * 4 : 0);
     pings = take(2 * 4);
-    histograms = take((ranks * max_route_parts + 1) * histogram_size * 4);
+    histograms = take(ranks * max_route_parts * histogram_size * 4);
     ids = take(2 * ranks * rank_ids_bytes);
     scalars = take(2 * ranks * rank_scalars_bytes);
     rows = take(2 * (ranks - 1) * rank_rows_bytes);

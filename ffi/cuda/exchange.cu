@@ -1,6 +1,6 @@
 // Routing, first kernel: every rank sends its topk_ids to all others, and counts what it gets, a
 // histogram per part of the tokens. No counts travel, so there is one exchange, and the same inputs
-// give every rank the same totals. The last block adds the histograms up over the parts.
+// give every rank the same totals.
 #include "cuda/ops.h"
 #include "cuda/request.cuh"
 #include "cuda/route.cuh"
@@ -54,27 +54,6 @@ __device__ void CountToken(const MoEShape& shape, const int32_t* ids, int32_t* c
     while (num_ranks < shape.topk) send_ranks[num_ranks++] = -1;
 }
 
-// Turns the histograms of the parts into the sums before each and, in one more row, over all: a
-// thread per column, with many loads in flight.
-__device__ void ScanHistograms(const Arena& arena, int rows) {
-  constexpr int kBatch = 32;
-  for (int column = threadIdx.x; column < arena.layout.histogram_size; column += blockDim.x) {
-    int sum = 0;
-    for (int begin = 0; begin < rows; begin += kBatch) {
-      int counts[kBatch];
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i)
-        counts[i] = begin + i < rows ? __ldcg(&arena.Histogram(begin + i)[column]) : 0;
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        if (begin + i < rows) arena.Histogram(begin + i)[column] = sum;
-        sum += counts[i];
-      }
-    }
-    arena.Histogram(rows)[column] = sum;
-  }
-}
-
 __global__ void __launch_bounds__(kMaxTeams* kTeamThreads)
     ExchangeKernel(MoEShape shape, Arena arena, RouteParams params) {
   ptx::griddepcontrol_launch_dependents();
@@ -108,7 +87,6 @@ __global__ void __launch_bounds__(kMaxTeams* kTeamThreads)
   if (blockIdx.x == 0)
     for (int e = threadIdx.x; e < shape.local_experts(); e += blockDim.x)
       params.num_tokens_per_expert[e] = 0;
-  if (IsLastBlock(&arena.Header()->route_blocks_done)) ScanHistograms(arena, parts);
 }
 
 RouteLaunch LaunchOf(const MoEShape& shape, int64_t num_tokens) {
