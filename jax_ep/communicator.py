@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,9 @@ from jax_ep.types import (
     QuantConfig,
     QuantOutput,
 )
+
+if TYPE_CHECKING:
+    from jax_ep.eplb import ExpertPlacement
 
 _IMPLEMENTATIONS = ("cuda", "cpu", "reference")
 _PLATFORMS = {"cuda": "gpu", "cpu": "cpu"}
@@ -89,7 +92,7 @@ class MoECommunicator:
         independent groups.
       config: all other arguments in one `MoECommunicatorConfig`, instead of by keyword.
       axis_name: the expert-parallel mesh axis.
-      num_experts: E, over all ranks; divisible by R.
+      num_experts: E, over all ranks; divisible by R. With a placement, slots: see `dispatch`.
       hidden_size: H, elements per token. On GPUs a row must be a multiple of 16 bytes.
       topk: K, experts per token, 1 to 32.
       max_tokens_per_rank: the most tokens T that a rank dispatches in one call; in mode LOW_LATENCY on GPUs such that
@@ -131,6 +134,8 @@ class MoECommunicator:
         self.config = _resolve(mesh, config or MoECommunicatorConfig(**arguments))
         self.mesh = mesh
         self._shape = _moe_shape(mesh, self.config)
+        # What ids stand for in errors: slots, or the logical experts of the last placement that was traced.
+        self._num_named_experts = self._shape.num_experts
         self._spec = _OpSpec(
             communicator_id=_bootstrap.communicator_id(mesh, self.config.axis_name),
             axis_name=self.config.axis_name,
@@ -200,6 +205,7 @@ class MoECommunicator:
         *,
         previous_handle: DispatchHandle | None = None,
         quant: QuantConfig | None = None,
+        placement: ExpertPlacement | None = None,
     ) -> tuple[DispatchOutput, DispatchHandle]:
         """Sends each token to the ranks of its experts. Call inside `jax.shard_map`.
 
@@ -211,6 +217,9 @@ class MoECommunicator:
             `combine` adds the rows unweighted.
           previous_handle: reuses its routing, and its weights unless new ones are given, instead of `topk_ids`.
           quant: sends quantised rows, and their scales along: with bfloat16 about half the bytes.
+          placement: where experts and their replicas are. Then `topk_ids` are logical experts, of any number, and the
+            communicator's `num_experts` are slots; `jax_ep.eplb.to_physical` says which replica a token goes to. What
+            dispatch returns is by slot. Not beside `previous_handle`, whose routing has been through its placement.
 
         Returns:
           What this rank received, and the handle for `combine` and for later dispatches.
@@ -219,7 +228,9 @@ class MoECommunicator:
           ValueError, TypeError: at trace time, naming the argument, what was expected and what came.
           CapacityError, ExpertIdError, PeerTimeoutError: an earlier step failed, see `check`.
         """
-        return self._received(self._checked_dispatch("dispatch", x, topk_ids, weights, previous_handle, quant))
+        return self._received(
+            self._checked_dispatch("dispatch", x, topk_ids, weights, previous_handle, quant, placement)
+        )
 
     def dispatch_async(
         self,
@@ -229,10 +240,11 @@ class MoECommunicator:
         *,
         previous_handle: DispatchHandle | None = None,
         quant: QuantConfig | None = None,
+        placement: ExpertPlacement | None = None,
     ) -> DispatchRequest:
         """Starts a dispatch: `dispatch_async(...).wait()` is `dispatch(...)`, gradients included.
 
-        What is computed in between, without the result, hides the time that rows travel::
+        What is computed in between, without the result, hides the time that rows travel:
 
             request = comm.dispatch_async(x, topk_ids, weights)
             shared = shared_expert(x)
@@ -254,18 +266,16 @@ class MoECommunicator:
         only, see `dispatch_blocks` and `combine_blocks`. In mode LOW_LATENCY nothing but the wait for late peers is
         hidden. On CPUs the receiving half does all of it.
 
-        Args:
-          As `dispatch`.
+        Takes what `dispatch` takes, and raises what it raises.
 
         Returns:
           A request, whose `wait()` returns what `dispatch` does.
 
         Raises:
-          ValueError: `max_requests` is 0.
-          As `dispatch`.
+          ValueError: besides, if `max_requests` is 0.
         """
         self._expect_requests("dispatch_async")
-        request = self._checked_dispatch("dispatch_async", x, topk_ids, weights, previous_handle, quant)
+        request = self._checked_dispatch("dispatch_async", x, topk_ids, weights, previous_handle, quant, placement)
         routing = None if previous_handle is None else previous_handle.routing
         ticket = _dispatch.start(self._spec, request.x, request.weights, request.topk_ids, routing, request.quant)
         return dataclasses.replace(request, ticket=ticket)
@@ -274,7 +284,7 @@ class MoECommunicator:
         self._expect_usable("wait")
         return self._received(request)
 
-    def _checked_dispatch(self, op: str, x, topk_ids, weights, previous_handle, quant) -> DispatchRequest:
+    def _checked_dispatch(self, op: str, x, topk_ids, weights, previous_handle, quant, placement) -> DispatchRequest:
         """What a dispatch is given, as its op takes it: a request without a ticket."""
         self._expect_usable(op)
         shape = self._shape
@@ -291,16 +301,30 @@ class MoECommunicator:
             expect_array("weights", weights, (num_tokens, shape.topk), jnp.float32)
         if previous_handle is not None:
             expect(topk_ids is None, "topk_ids", "None beside previous_handle", "an array")
+            expect(placement is None, "placement", "None beside previous_handle", "an ExpertPlacement")
             self._expect_own_handle("previous_handle", previous_handle)
             expect(previous_handle.num_tokens == num_tokens, "x", f"{previous_handle.num_tokens} tokens", num_tokens)
         else:
             if topk_ids is None:
                 raise ValueError("topk_ids: expected an array, or previous_handle, got neither")
             expect_array("topk_ids", topk_ids, (num_tokens, shape.topk), jnp.int32)
+            if placement is not None:
+                topk_ids = self._physical(topk_ids, placement)
             topk_ids = _ffi.vary(_at_least_one_token(topk_ids, -1), {self.config.axis_name})
         routed_by = topk_ids if previous_handle is None else previous_handle
         x, weights, quant = self._vary_alike(x, weights, quant, routed_by)
         return DispatchRequest(x, weights, topk_ids, previous_handle, quant, None, num_tokens, self)
+
+    def _physical(self, topk_ids, placement) -> jax.Array:
+        """The slots of logical experts."""
+        from jax_ep.eplb import _routing  # needs jax_ep
+
+        _routing.expect_placement("placement", placement)
+        num_slots = self._shape.num_experts
+        expect(placement.num_slots == num_slots, "placement", f"{num_slots} slots", placement.num_slots)
+        self._num_named_experts = placement.num_experts
+        rank = jax.lax.axis_index(self.config.axis_name)
+        return _routing.to_physical(topk_ids, placement, rank)
 
     def _received(self, request: DispatchRequest) -> tuple[DispatchOutput, DispatchHandle]:
         """The op, or with a ticket its receiving half."""
@@ -383,25 +407,25 @@ class MoECommunicator:
           handle: from the `dispatch` that made those rows.
 
         Returns:
-          `[T, H]`: for `FLAT` and `EXPERT_MAJOR` the sum of each token's rows, times its weights if dispatch was given
+          `[T, H]`, for `FLAT` and `EXPERT_MAJOR` the sum of each token's rows, times its weights if dispatch was given
           any; for `RANK_MAJOR` the plain sum over ranks. Sums are kept in float32. A token without experts gets zeros.
 
         Raises:
-          As `dispatch`.
+          ValueError, TypeError: at trace time, naming the argument, what was expected and what came.
+          CapacityError, ExpertIdError, PeerTimeoutError: an earlier step failed, see `check`.
         """
         return self._combined(self._checked_combine("combine", y, handle))
 
     def combine_async(self, y: jax.Array, handle: DispatchHandle) -> CombineRequest:
         """Starts a combine: `combine_async(...).wait()` is `combine(...)`. All else is as for `dispatch_async`.
 
-        Args:
-          As `combine`.
+        Takes what `combine` takes, and raises what it raises.
 
         Returns:
           A request, whose `wait()` returns what `combine` does.
 
         Raises:
-          As `dispatch_async`.
+          ValueError: besides, if `max_requests` is 0.
         """
         self._expect_requests("combine_async")
         request = self._checked_combine("combine_async", y, handle)
@@ -462,7 +486,7 @@ class MoECommunicator:
             )
         if code == ErrorCode.BAD_EXPERT_ID:
             raise ExpertIdError(
-                f"topk_ids: expected -1 or an expert in [0, {self._shape.num_experts}), got {got} other entries on "
+                f"topk_ids: expected -1 or an expert in [0, {self._num_named_experts}), got {got} other entries on "
                 f"rank {rank}; the outputs of that step are NaN on all ranks."
             )
         if code == ErrorCode.TIMEOUT:

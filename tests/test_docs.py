@@ -159,3 +159,9 @@ def test_picture_of_the_speedup_is_up_to_date():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.PICTURE.read_text() == module.draw(), "run: python docs/_speedup.py"
+
+
+def test_tests_that_the_readme_names_exist():
+    shown = re.findall(r"\[`(test_\w+)`\]\((tests/\w+\.py)\)", (ROOT / "README.md").read_text())
+    assert len(shown) > 20
+    assert not [name for name, file in shown if f"def {name}(" not in (ROOT / file).read_text()]

@@ -97,7 +97,7 @@ def test_runs_as_printed(native_implementation, tmp_path):
 
 @pytest.mark.parametrize(
     ("folder", "tensor"),
-    [("float32", 1), ("float32", 4), ("bfloat16", 1), ("float16", 1)],
+    [("float32", 1), ("float32", 4), ("bfloat16", 2), ("float16", 1)],
     indirect=["folder"],
 )
 def test_is_the_block(load, folder, native_implementation, tensor):

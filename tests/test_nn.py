@@ -4,6 +4,7 @@ import functools
 import math
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
-from jax_ep.nn import MoE, Router
+from jax_ep.nn import MoE, Router, _matmul
 
 TOKENS, HIDDEN, INNER, EXPERTS, TOPK = 32, 16, 8, 8, 2
 EP, DP_EP, DP_EP_TP = dict(ep=4), dict(dp=2, ep=2), dict(dp=2, ep=2, tp=2)
@@ -231,6 +232,51 @@ def test_remat_of_an_overlapped_layer(layer_of, native_implementation):
     check_against_dense(layer, native_implementation, {}, loss=rematerialised)
 
 
+def test_tokamax_multiplies_on_gpus_where_it_is_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokamax", None)
+    _matmul._has_tokamax.cache_clear()
+    assert _matmul.default_grouped_matmul("cuda") is jax.lax.ragged_dot
+    fake = types.ModuleType("tokamax")
+    fake.ragged_dot = lambda rows, kernels, group_sizes: ("tokamax", rows, kernels, group_sizes)
+    monkeypatch.setitem(sys.modules, "tokamax", fake)
+    _matmul._has_tokamax.cache_clear()
+    assert _matmul.default_grouped_matmul("cuda")(1, 2, 3) == ("tokamax", 1, 2, 3)
+    assert _matmul.default_grouped_matmul("cpu") is jax.lax.ragged_dot
+    _matmul._has_tokamax.cache_clear()
+
+
+def test_tokamax_gives_what_ragged_dot_gives():
+    """In the layer: under `shard_map` and `grad`, with rows beyond all groups, which tokamax leaves as they are."""
+    pytest.importorskip("tokamax")
+    if suite.missing("cuda"):
+        pytest.skip(suite.missing("cuda"))
+    hidden, inner, tokens = 256, 128, 512
+    mesh = make_mesh("cuda", EP)
+
+    @nnx.jit
+    def step(layer, x):
+        def loss(layer, x):
+            y, _ = layer(x)
+            return jnp.square(y.astype(jnp.float32)).mean(), y
+
+        (_, y), gradients = nnx.value_and_grad(loss, has_aux=True)(layer, x)
+        return y, nnx.state(gradients)
+
+    def run(**arguments):
+        router = Router(hidden, EXPERTS, TOPK, rngs=nnx.Rngs(1))
+        layer = MoE(router, inner, mesh=mesh, max_tokens_per_rank=tokens, rngs=nnx.Rngs(0), **arguments)
+        with layer.communicator:
+            results = jax.device_get(step(layer, tokens_of(mesh, (tokens, hidden))))
+        return layer, jax.tree.leaves(results)
+
+    with jax.default_matmul_precision("default"):
+        (ours, got), (_, wanted) = run(), run(grouped_matmul=jax.lax.ragged_dot)
+    assert ours.grouped_matmul is _matmul._tokamax_ragged_dot
+    for a, b in zip(got, wanted, strict=True):
+        a, b = np.float32(a), np.float32(b)
+        assert np.abs(a - b).max() <= 0.03 * np.abs(b).max()
+
+
 def test_scan_over_layers(layer_of, native_implementation):
     mesh, num_layers = make_mesh(native_implementation, EP), 2
     comm = layer_of(mesh, native_implementation).communicator
@@ -343,6 +389,173 @@ def test_capacity_and_dtypes(layer_of, native_implementation):
     assert calls[:3] == [(jnp.bfloat16, EXPERTS // ranks, (EXPERTS // ranks,))] * 3
 
 
+# ---- Slots, and rebalancing ----
+
+
+def logical_parameters(parameters, slots) -> dict:
+    """Those of slots, by expert; replicas must have the same bits."""
+    first = np.array([np.flatnonzero(slots == expert)[0] for expert in range(EXPERTS)])
+    for name in ("gate", "up", "down"):
+        np.testing.assert_array_equal(parameters[name][first][slots], parameters[name])
+    return parameters | {name: parameters[name][first] for name in ("gate", "up", "down")}
+
+
+@pytest.mark.parametrize(
+    ("axes", "slots", "arguments"),
+    [(EP, 12, dict(num_shared_experts=1)), (DP_EP_TP, 10, dict())],
+    ids=["ep", "dp-ep-tp"],
+)
+def test_slots_are_the_layer_without(layer_of, native_implementation, axes, slots, arguments):
+    """Of the same keys: outputs, losses, and gradients by expert."""
+    mesh = make_mesh(native_implementation, axes)
+    plain = layer_of(mesh, native_implementation, **arguments)
+    layer = layer_of(mesh, native_implementation, num_slots=slots, **arguments)
+    grad = nnx.jit(nnx.value_and_grad(layer_loss, argnums=(0, 1), has_aux=True))
+    results = []
+    for one in (plain, layer):
+        (_, (y, aux)), (gradients, gradient_of_x) = grad(one, tokens_of(mesh))
+        one.communicator.check()
+        results.append(jax.device_get((y, gradient_of_x, aux, nnx.to_pure_dict(gradients))))
+    (want_y, want_x, want_aux, want), (y, x, aux, got) = results
+    assert want_aux.tokens_per_expert is None and int(aux.num_dropped) == 0
+    np.testing.assert_array_equal(aux.tokens_per_expert, np.round(want_aux.load * TOKENS * TOPK))
+    got = logical_parameters(got, np.asarray(layer.slots[...]))
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for one, other in zip(jax.tree.leaves((y, x, got)), jax.tree.leaves((want_y, want_x, want)), strict=True):
+        assert_close(one, other, native_implementation, "")
+
+
+class Skewed(Router):
+    """Nearly all tokens to experts 6 and 7, which have no replicas at first."""
+
+    def __call__(self, x):
+        topk_ids, weights, aux = super().__call__(x)
+        is_rare = jnp.arange(len(x), dtype=jnp.int32)[:, None] % 8 == 0
+        favourites = jnp.broadcast_to(jnp.array([6, 7], jnp.int32), topk_ids.shape)
+        return jnp.where(is_rare, topk_ids, favourites), weights, aux
+
+
+class Stack(nnx.Module):
+    """Layers in a list, one of which has the name of the other's kernel."""
+
+    def __init__(self, layer):
+        self.blocks = nnx.List([nnx.Linear(HIDDEN, HIDDEN, rngs=nnx.Rngs(0)), layer])
+        self.gate = nnx.Param(jnp.zeros((12, HIDDEN, INNER)))
+
+    def __call__(self, x):
+        return self.blocks[1](self.blocks[0](x))
+
+
+def test_rebalancing_keeps_what_is_computed(layer_of, native_implementation):
+    mesh = make_mesh(native_implementation, EP)
+    comm_sizes = dict(num_experts=12, hidden_size=HIDDEN, topk=TOPK, max_tokens_per_rank=TOKENS, dtype=jnp.float32)
+    comm = jax_ep.MoECommunicator(mesh, **comm_sizes, implementation=native_implementation)
+    layer = layer_of(mesh, communicator=comm, num_slots=12, load_window=2)
+    layer.router = Skewed(HIDDEN, EXPERTS, TOPK, rngs=nnx.Rngs(0))
+    model = Stack(layer)
+    optimizer = nnx.Optimizer(model, optax.chain(optax.clip(1.0), optax.adam(1e-2)), wrt=nnx.Param)
+    x, traces = tokens_of(mesh), []
+
+    @nnx.jit
+    def step(model, optimizer, x):
+        traces.append(1)
+
+        def loss(model):
+            y, aux = model(x)
+            return jnp.square(y).mean() + model.gate[...].sum(), aux
+
+        (value, aux), gradients = nnx.value_and_grad(loss, has_aux=True)(model)
+        model.blocks[1].record_load(aux)
+        optimizer.update(model, gradients)
+        return value
+
+    def by_expert():
+        """Parameters, moments and the rest, by expert; replicas have the same bits."""
+        slots = np.asarray(layer.slots[...])
+        state = nnx.to_pure_dict(nnx.state((model, optimizer), nnx.Not(jax_ep.nn.ExpertSlots)))
+        first = np.array([np.flatnonzero(slots == expert)[0] for expert in range(EXPERTS)])
+
+        def one(path, leaf):
+            leaf, names = np.asarray(leaf), [key.key for key in path]
+            if names[-1] not in ("gate", "up", "down") or "blocks" not in names:
+                return leaf
+            np.testing.assert_array_equal(leaf[first][slots], leaf)
+            return leaf[first]
+
+        return jax.tree_util.tree_map_with_path(one, state), slots
+
+    outputs = nnx.jit(lambda model, x: model(x)[0])
+    assert layer.rebalance(optimizer, model) == 0
+    with jax.numpy_dtype_promotion("standard"):
+        for slack in (0.05, None):
+            for _ in range(2):
+                step(model, optimizer, x)
+            (before, old), y, num_traces = by_expert(), jax.device_get(outputs(model, x)), len(traces)
+            moves = layer.rebalance(optimizer, model, slack=slack)
+            after, new = by_expert()
+            assert (new != old).any() or mesh.size == 1
+            assert moves == jax_ep.eplb.count_moves(old[None], new[None], mesh.size)[0]
+            jax.tree.map(np.testing.assert_array_equal, after, before)
+            assert_close(outputs(model, x), y, native_implementation, "y")
+            step(model, optimizer, x)
+            by_expert()
+            assert len(traces) == num_traces
+            load = np.asarray(layer.recorded_load[...]).sum(0)[None]
+            assert load.sum() == 2 * TOKENS * TOPK and (load[0, 6:] > 40).all()
+            imbalance = [jax_ep.eplb.gpu_imbalance(load, slots[None], mesh.size)[0] for slots in (old, new)]
+            assert slack is None or imbalance[1] < imbalance[0] or mesh.size == 1
+    comm.check()
+
+
+def test_rebalancing_a_stack(layer_of, native_implementation):
+    mesh = make_mesh(native_implementation, EP)
+    sizes = dict(num_experts=12, hidden_size=HIDDEN, topk=TOPK, max_tokens_per_rank=TOKENS, dtype=jnp.float32)
+    comm = jax_ep.MoECommunicator(mesh, **sizes, implementation=native_implementation)
+    stacked = {nnx.PARTITION_NAME: None}
+
+    @nnx.jit
+    @nnx.vmap(transform_metadata=stacked)
+    def create(key):
+        rngs = nnx.Rngs(key)
+        return MoE(Router(HIDDEN, EXPERTS, TOPK, rngs=rngs), INNER, communicator=comm, num_slots=12, rngs=rngs)
+
+    @nnx.jit
+    @nnx.scan(in_axes=(0, nnx.Carry), out_axes=(nnx.Carry, 0), transform_metadata=stacked)
+    def forward(layer, x):
+        y, aux = layer(x)
+        layer.record_load(aux)
+        return x + y, aux.tokens_per_expert
+
+    with comm:
+        layers, x = create(jax.random.split(jax.random.key(0), 2)), tokens_of(mesh)
+        before, counts = jax.device_get(forward(layers, x))
+        np.testing.assert_array_equal(layers.recorded_load[...][:, -1], counts)
+        assert counts.shape == (2, EXPERTS) and (layers.recorded_load[...].sum((1, 2)) == TOKENS * TOPK).all()
+        old = np.asarray(layers.slots[...])
+        moves = layers.rebalance(slack=None)
+        new = np.asarray(layers.slots[...])
+        assert moves == jax_ep.eplb.count_moves(old, new, mesh.size).sum()
+        if mesh.size > 1:
+            assert (new != old).any(1).all()
+        assert_close(forward(layers, x)[0], before, native_implementation, "y")
+        comm.check()
+
+
+def test_state_and_models_that_do_not_fit(layer_of, on_cpus):
+    layer = layer_of(make_mesh("reference", EP), "reference", num_slots=12)
+    by_expert = optax.GradientTransformation(
+        lambda params: jax.tree.map(lambda p: p[:, :1, :1] if p.ndim == 3 else p, params), lambda *_: None
+    )
+    optimizer = nnx.Optimizer(layer, by_expert, wrt=nnx.Param)
+    with pytest.raises(ValueError, match=r"optimizer: expected state of its variable's shape .12, 16, 8., got shape"):
+        layer.rebalance(optimizer)
+    with pytest.raises(ValueError, match="model: expected one with this layer in it, got Linear without it"):
+        layer.rebalance(optimizer, nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+    optimizer = nnx.Optimizer(Stack(layer), optax.sgd(1e-2, momentum=0.9), wrt=nnx.Param)
+    with pytest.raises(ValueError, match=r"model: expected that of the optimizer, got one without blocks\.0\.bias"):
+        layer.rebalance(optimizer)
+
+
 # ---- The router alone ----
 
 
@@ -426,6 +639,9 @@ def test_router_errors(arguments, error, text):
         (dict(router=nnx.Linear(2, 2, rngs=nnx.Rngs(0))), TypeError, "router: expected a Router, or a module with"),
         (dict(communicator=3, mesh=None), TypeError, "communicator: expected a MoECommunicator, got int"),
         (dict(dtype=jnp.int8), ValueError, "dtype: expected one of"),
+        (dict(num_slots=7), ValueError, "num_slots: expected at least the 8 experts, got 7"),
+        (dict(num_slots=9), ValueError, "num_slots: expected a multiple of the 2 ranks, got 9"),
+        (dict(load_window=0), ValueError, "load_window: expected at least 1, got 0"),
     ],
 )
 def test_layer_errors(on_cpus, arguments, error, text):
@@ -461,6 +677,11 @@ def test_call_and_communicator_errors(layer_of, on_cpus):
     slots = jax_ep.MoECommunicator(mesh, **sizes, mode=jax_ep.MoEMode.LOW_LATENCY, implementation="reference")
     with slots, pytest.raises(ValueError, match="communicator: expected output_layout FLAT, got"):
         MoE(layer.router, INNER, communicator=slots, rngs=rngs)
+    with pytest.raises(ValueError, match="communicator: expected num_experts=12, the num_slots, got 8"):
+        MoE(layer.router, INNER, communicator=layer.communicator, num_slots=12, rngs=rngs)
+    for call in (layer.rebalance, lambda: layer.record_load(None)):
+        with pytest.raises(ValueError, match="num_slots: expected a number of slots for re.*, got None"):
+            call()
     with pytest.raises(ValueError, match=r"x: expected shape \[T, 16\], got shape \[2, 2, 16\]"):
         layer.router(jnp.zeros((2, 2, HIDDEN)))
     with pytest.raises(ValueError, match=r"load: expected shape \[8\], got shape \[2, 8\]"):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -15,6 +16,11 @@ from jax.sharding import PartitionSpec as P
 from jax_ep import _ffi
 from jax_ep._checks import expect, expect_dtype, expect_int
 from jax_ep.communicator import MoECommunicator
+from jax_ep.eplb import ExpertPlacement, LoadRecorder, count_moves, tie_replicas
+from jax_ep.eplb._communicator import EplbCommunicator
+from jax_ep.eplb._transfer import transfer_experts
+from jax_ep.nn import _rebalance
+from jax_ep.nn._matmul import default_grouped_matmul
 from jax_ep.nn._router import Router
 from jax_ep.types import DispatchLayout, DispatchLayoutInfo
 
@@ -27,12 +33,15 @@ class MoEAux(NamedTuple):
       z_loss: float32 `[]`, see `RouterAux`; likewise.
       load: float32 `[E]`, each expert's share of all (token, k); what `Router.update_bias` takes.
       num_dropped: int32 `[]`, the (token, k) that found no place within the capacity.
+      tokens_per_expert: int32 `[E]`, the (token, k) of each expert, also those that were dropped; what
+        `MoE.record_load` takes. None for a layer without `num_slots`.
     """
 
     balance_loss: jax.Array
     z_loss: jax.Array
     load: jax.Array
     num_dropped: jax.Array
+    tokens_per_expert: jax.Array | None = None
 
 
 class MoE(nnx.Module):
@@ -61,9 +70,14 @@ class MoE(nnx.Module):
         `max_tokens_per_rank`, `capacity_factor` and `implementation` are its. Its layout is `FLAT`. Layers that take
         turns can share one, and so its memory; layers that are created in `nnx.vmap`, `nnx.jit` or `nnx.eval_shape`
         should. With `max_requests` it computes the shared experts while tokens travel.
+      num_slots: P, places for experts on all ranks, at least E and as many on each rank. With it the experts' kernels
+        are those of slots, `[P, ...]`, experts can have replicas, whose gradients are added up, and `rebalance` moves
+        them; E need not be a multiple of the ranks. A communicator then is one of P experts.
+      load_window: steps that `rebalance` plans from, with `num_slots`.
       num_shared_experts: experts that every token goes to: one dense SwiGLU of that many F, unweighted.
       grouped_matmul: `(rows [C, X], kernels [L, X, Y], group_sizes int32 [L]) -> [C, Y]` and differentiable, rows
-        sorted by local expert; default `jax.lax.ragged_dot`. Rows beyond all groups are not read.
+        sorted by local expert; default on GPUs `tokamax.ragged_dot` if tokamax is installed, else
+        `jax.lax.ragged_dot`. Rows beyond all groups are not read.
       kernel_init: of all kernels but the router's; called with shape `[X, Y]`, for experts with one key each.
       dtype: of tokens, matrix products and result; default the communicator's, or bfloat16.
       param_dtype: of the kernels.
@@ -72,6 +86,8 @@ class MoE(nnx.Module):
     Attributes:
       communicator: a static attribute, compared by identity. `communicator.check()` tells of failed steps, and
         `communicator.destroy()` frees what it holds.
+      slots: with `num_slots`, the expert in each, an `ExpertSlots`. At first as if all experts were equally loaded.
+      recorded_load: with `num_slots`, what `record_load` was given last, a `RecordedLoad`.
 
     Raises:
       ValueError, TypeError: an argument is unusable; the text names it, what was expected and what came.
@@ -90,8 +106,10 @@ class MoE(nnx.Module):
         capacity_factor: float | None = None,
         implementation: str | None = None,
         communicator: MoECommunicator | None = None,
+        num_slots: int | None = None,
+        load_window: int = 100,
         num_shared_experts: int = 0,
-        grouped_matmul: Callable[..., jax.Array] = jax.lax.ragged_dot,
+        grouped_matmul: Callable[..., jax.Array] | None = None,
         kernel_init: Callable = nnx.initializers.lecun_normal(),  # noqa: B008
         dtype=None,
         param_dtype=jnp.float32,
@@ -102,7 +120,8 @@ class MoE(nnx.Module):
                 raise TypeError(f"router: expected a Router, or a module with its {name}, got {type(router).__name__}")
         expect_int("intermediate_size", intermediate_size)
         expect_int("num_shared_experts", num_shared_experts, minimum=0)
-        if not callable(grouped_matmul):
+        expect_int("load_window", load_window)
+        if grouped_matmul is not None and not callable(grouped_matmul):
             raise TypeError(f"grouped_matmul: expected a callable, got {type(grouped_matmul).__name__}")
         param_dtype = expect_dtype("param_dtype", param_dtype, _ffi.DTYPES)
         if communicator is None:
@@ -114,19 +133,31 @@ class MoE(nnx.Module):
                 capacity_factor=capacity_factor,
                 implementation=implementation,
             )
-            _check_communicator(communicator, router, dtype, own)
+            _check_communicator(communicator, router, num_slots, dtype, own)
             mesh, expert_axis, dtype = communicator.mesh, communicator.config.axis_name, communicator.config.dtype
         self.data_axes = (data_axes,) if isinstance(data_axes, str) else tuple(data_axes)
         self.expert_axis, self.tensor_axis = expert_axis, tensor_axis
         _check_axes(mesh, expert_axis, self.data_axes, tensor_axis, intermediate_size)
+        if num_slots is not None:
+            _check_slots(num_slots, router.num_experts, mesh.shape[expert_axis])
         self.dtype = expect_dtype("dtype", jnp.bfloat16 if dtype is None else dtype, _ffi.DTYPES)
         if communicator is None:
             communicator = _make_communicator(
-                mesh, expert_axis, router, self.dtype, max_tokens_per_rank, capacity_factor, implementation
+                mesh, expert_axis, router, num_slots, self.dtype, max_tokens_per_rank, capacity_factor, implementation
             )
-        self.communicator, self.router, self.grouped_matmul = communicator, router, grouped_matmul
+        self.communicator, self.router = communicator, router
+        self.grouped_matmul = grouped_matmul or default_grouped_matmul(communicator.config.implementation)
 
         hidden, experts, axes = router.hidden_size, router.num_experts, (expert_axis, None, tensor_axis)
+        self.num_slots, slots = num_slots, None
+        if num_slots is None:
+            self.slots = self.recorded_load = None
+        else:
+            self._recorder = LoadRecorder(experts, expert_axis, self.data_axes)
+            slots = _rebalance.initial_slots(experts, num_slots, mesh.shape[expert_axis])
+            self.slots = _rebalance.ExpertSlots(jnp.asarray(slots), out_sharding=(None,), mesh=mesh)
+            window = self._recorder.init(load_window)
+            self.recorded_load = _rebalance.RecordedLoad(window, out_sharding=(None, None), mesh=mesh)
 
         def kernels(shape, axes):
             def one(key):
@@ -134,6 +165,8 @@ class MoE(nnx.Module):
 
             key = rngs.params()
             value = one(key) if len(shape) == 2 else jax.vmap(one)(jax.random.split(key, shape[0]))
+            if len(shape) == 3 and slots is not None:
+                value = value[slots]
             return nnx.Param(value, out_sharding=axes, mesh=mesh)
 
         self.gate = kernels((experts, hidden, intermediate_size), axes)
@@ -145,6 +178,83 @@ class MoE(nnx.Module):
             self.shared_gate = kernels((hidden, shared), axes[1:])
             self.shared_up = kernels((hidden, shared), axes[1:])
             self.shared_down = kernels((shared, hidden), (tensor_axis, None))
+
+    @property
+    def placement(self) -> ExpertPlacement | None:
+        """Where the experts are, for `jax_ep.eplb.replicate_experts`; None without `num_slots`."""
+        return None if self.slots is None else ExpertPlacement.from_slots(self.slots[...], self.router.num_experts)
+
+    def record_load(self, aux: MoEAux) -> None:
+        """Puts a step into the window that `rebalance` plans from. In the compiled step, like `Router.update_bias`.
+
+        Raises:
+          ValueError: the layer has no `num_slots`.
+        """
+        _, recorded = self._slots_and_load("record_load")
+        counts: Any = aux.tokens_per_expert
+        recorded[...] = self._recorder.push(recorded[...], counts)
+
+    def rebalance(
+        self,
+        optimizer: nnx.Optimizer | None = None,
+        model: nnx.Module | None = None,
+        *,
+        slack: float | None = 0.05,
+        num_groups: int = 1,
+        num_nodes: int = 1,
+        communicator: EplbCommunicator | None = None,
+        donate: bool = False,
+    ) -> int:
+        """Places the experts anew for the load that was recorded: their kernels, and what an optimizer keeps for them.
+
+        On the host, between steps, on all processes alike. What the layer computes stays the same, but for the order in
+        which gradients are added up, and steps that were compiled take the new placement as they are. Does nothing
+        before a load is recorded. A stack of layers, of `nnx.vmap` with `PARTITION_NAME: None`, is rebalanced at once.
+
+        Args:
+          optimizer: whose state of this layer's kernels moves with them. Other state by expert, as an average of
+            parameters, is for `jax_ep.eplb.transfer_experts`, from `slots[...]` before to those afterwards.
+          model: which `optimizer` was made for; default this layer alone.
+          slack: as for `jax_ep.eplb.replan_experts`; None plans by `rebalance_experts`, wherever the experts are now.
+          num_groups, num_nodes: as for both.
+          communicator, donate: as for `jax_ep.eplb.transfer_experts`.
+
+        Returns:
+          The moves: slots whose expert another rank had to send.
+
+        Raises:
+          ValueError, TypeError: an argument is unusable, or the layer has no `num_slots`.
+          RuntimeError, PeerTimeoutError: as `jax_ep.eplb.transfer_experts`.
+        """
+        slots, recorded = self._slots_and_load("rebalance")
+        variables = self._variables_by_slot(optimizer, self if model is None else model)
+        num_gpus = self.communicator.num_ranks
+        cluster = dict(num_groups=num_groups, num_nodes=num_nodes, num_gpus=num_gpus)
+        old, load = np.asarray(slots[...]), np.asarray(recorded[...]).sum(-2, dtype=np.int64)
+        new = _rebalance.plan_slots(np.atleast_2d(load), np.atleast_2d(old), slack, **cluster).reshape(old.shape)
+        if (new == old).all():
+            return 0
+        arguments = dict(axis_name=self.expert_axis) if communicator is None else {}
+        values = [variable[...] for variable in variables]
+        values = transfer_experts(values, old, new, communicator, donate=donate, **arguments)
+        for variable, value in zip(variables, values, strict=True):
+            variable[...] = value
+        slots[...] = _rebalance.placed_like(new, slots[...])
+        return int(count_moves(np.atleast_2d(old), np.atleast_2d(new), num_gpus).sum())
+
+    def _variables_by_slot(self, optimizer, model) -> list[nnx.Variable]:
+        """What moves with the experts."""
+        names = ("gate", "up", "down")
+        states: list[nnx.Variable] = []
+        if optimizer is not None:
+            for name in names:
+                states += _rebalance.states_of(optimizer, model, _rebalance.path_of(self, model) + (name,))
+        return [*(getattr(self, name) for name in names), *states]
+
+    def _slots_and_load(self, op: str) -> tuple[_rebalance.ExpertSlots, _rebalance.RecordedLoad]:
+        if self.slots is None or self.recorded_load is None:
+            raise ValueError(f"num_slots: expected a number of slots for {op}, got None")
+        return self.slots, self.recorded_load
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, MoEAux]:
         """Sends each token through its experts, and adds up what they make of it, weighted.
@@ -171,21 +281,22 @@ class MoE(nnx.Module):
             shared = self.shared_gate[...], self.shared_up[...], self.shared_down[...]
             shared_specs = P(None, tensor), P(None, tensor), P(tensor, None)
 
-        def on_each_device(x, router_state, experts, shared):
+        def on_each_device(x, router_state, experts, shared, placement):
             # In here, since outside XLA would gather all tokens' scores to choose from them.
             tokens = x.reshape(-1, x.shape[-1])
             topk_ids, weights, aux = nnx.merge(router_graph, router_state)(tokens)
             aux = jax.lax.pmean(aux, token_axes)
-            y, num_dropped = self._outputs(tokens.astype(self.dtype), topk_ids, weights, experts, shared)
+            counts = None if placement is None else self._recorder.count(topk_ids)
+            y, num_dropped = self._outputs(tokens.astype(self.dtype), topk_ids, weights, experts, shared, placement)
             num_dropped = jax.lax.psum(num_dropped, token_axes)
-            return y.reshape(x.shape), MoEAux(aux.balance_loss, aux.z_loss, aux.load, num_dropped)
+            return y.reshape(x.shape), MoEAux(aux.balance_loss, aux.z_loss, aux.load, num_dropped, counts)
 
         return jax.shard_map(
             on_each_device,
             mesh=mesh,
-            in_specs=(P(token_axes), P(), experts_specs, shared_specs),
+            in_specs=(P(token_axes), P(), experts_specs, shared_specs, P()),
             out_specs=(P(token_axes), P()),
-        )(x, router_state, experts, shared)
+        )(x, router_state, experts, shared, self.placement)
 
     def _check_tokens(self, x, num_ranks: int) -> None:
         hidden = self.router.hidden_size
@@ -197,23 +308,26 @@ class MoE(nnx.Module):
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(f"x: expected a floating dtype, got {x.dtype}")
 
-    def _outputs(self, tokens, topk_ids, weights, experts, shared) -> tuple[jax.Array, jax.Array]:
+    def _outputs(self, tokens, topk_ids, weights, experts, shared, placement) -> tuple[jax.Array, jax.Array]:
         """A device's [T, H], and how many (token, k) it dropped."""
         comm, tensor = self.communicator, self.tensor_axis
         if tensor is not None:
             # So that gradients are added up over the axis per token, rather than per row that was received.
             tokens, topk_ids, weights = (_ffi.vary(array, {tensor}) for array in (tokens, topk_ids, weights))
+        if placement is not None:
+            experts = tie_replicas(experts, placement, self.expert_axis)
         is_overlapped = shared is not None and comm.config.max_requests > 0
-        request = comm.dispatch_async(tokens, topk_ids, weights) if is_overlapped else None
+        sent = tokens, topk_ids, weights
+        request = comm.dispatch_async(*sent, placement=placement) if is_overlapped else None
         dense = None if shared is None else swiglu(tokens, *shared, matmul=jnp.matmul)
-        out, handle = comm.dispatch(tokens, topk_ids, weights) if request is None else request.wait()
+        out, handle = comm.dispatch(*sent, placement=placement) if request is None else request.wait()
         sizes = group_sizes(out.layout)
         y = swiglu(out.tokens, *experts, matmul=lambda rows, kernels: self.grouped_matmul(rows, kernels, sizes))
         y = comm.combine(y, handle)
         y = y if dense is None else y + dense
         num_dropped = out.num_dropped
         if tensor is not None:
-            wide = jnp.promote_types(y.dtype, jnp.float32)
+            wide = y.dtype if y.dtype.itemsize >= 4 else jnp.float32
             y = jax.lax.psum(y.astype(wide), tensor).astype(y.dtype)
             num_dropped = jax.lax.pmax(jax.lax.stop_gradient(num_dropped), tensor)  # the same everywhere
         return y, num_dropped
@@ -250,15 +364,25 @@ def _check_axes(mesh: Mesh, expert_axis, data_axes, tensor_axis, intermediate_si
         expect(intermediate_size % size == 0, "intermediate_size", multiple, intermediate_size)
 
 
-def _check_communicator(communicator, router: Router, dtype, own: dict) -> None:
+def _check_slots(num_slots, num_experts: int, num_ranks: int) -> None:
+    expect_int("num_slots", num_slots)
+    expect(num_slots >= num_experts, "num_slots", f"at least the {num_experts} experts", num_slots)
+    expect(num_slots % num_ranks == 0, "num_slots", f"a multiple of the {num_ranks} ranks", num_slots)
+
+
+def _check_communicator(communicator, router: Router, num_slots: int | None, dtype, own: dict) -> None:
     if not isinstance(communicator, MoECommunicator):
         raise TypeError(f"communicator: expected a MoECommunicator, got {type(communicator).__name__}")
     for name, value in own.items():
         expect(value is None, name, "None beside communicator", value)
     config = communicator.config
-    for name in ("hidden_size", "num_experts", "topk"):
+    names = ("hidden_size", "topk") if num_slots is not None else ("hidden_size", "num_experts", "topk")
+    for name in names:
         wanted = getattr(router, name)
         expect(getattr(config, name) == wanted, "communicator", f"{name}={wanted} of the router", getattr(config, name))
+    if num_slots is not None:
+        wanted = f"num_experts={num_slots}, the num_slots"
+        expect(config.num_experts == num_slots, "communicator", wanted, config.num_experts)
     expect(config.output_layout is DispatchLayout.FLAT, "communicator", "output_layout FLAT", config.output_layout)
     if dtype is not None:
         theirs = jnp.dtype(config.dtype).name
@@ -266,7 +390,7 @@ def _check_communicator(communicator, router: Router, dtype, own: dict) -> None:
 
 
 def _make_communicator(
-    mesh: Mesh, axis_name: str, router: Router, dtype, max_tokens_per_rank, capacity_factor, implementation
+    mesh: Mesh, axis_name: str, router: Router, num_slots, dtype, max_tokens_per_rank, capacity_factor, implementation
 ) -> MoECommunicator:
     expect_int("max_tokens_per_rank", max_tokens_per_rank)
     capacity = None
@@ -278,7 +402,7 @@ def _make_communicator(
     return MoECommunicator(
         mesh,
         axis_name=axis_name,
-        num_experts=router.num_experts,
+        num_experts=router.num_experts if num_slots is None else num_slots,
         hidden_size=router.hidden_size,
         topk=router.topk,
         max_tokens_per_rank=max_tokens_per_rank,

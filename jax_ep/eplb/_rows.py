@@ -1,0 +1,168 @@
+"""Slots as rows of bytes: what leaves a rank, and where it is put. Traced per device; every bit is kept.
+
+A device's part of an array is `[S, W]`: S slots of W elements. A slot is sent as rows of `row_bytes` bytes, the last of
+which begins early enough to be full: it repeats bytes of the one before. Only a slot smaller than a row is padded.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jax_ep._checks import expect
+
+_WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
+# XLA for CPUs converts some types to float32 and back where it scatters them, which changes NaNs.
+_MOVED_BITWISE_ON_GPUS = {"bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"}
+
+
+def expect_movable(argument: str, dtype) -> None:
+    """The type has whole bytes that JAX lets us see."""
+    expect(_is_movable(dtype), argument, "a dtype of whole bytes", dtype)
+
+
+def _is_movable(dtype) -> bool:
+    if jnp.issubdtype(dtype, jnp.integer):
+        return jnp.iinfo(dtype).bits >= 8
+    if _is_real_float(dtype):
+        return jnp.finfo(dtype).bits >= 8
+    return dtype == jnp.bool_ or jnp.issubdtype(dtype, jnp.complexfloating)
+
+
+def _is_real_float(dtype) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating)
+
+
+def elements_per_row(dtype, row_bytes: int) -> int:
+    return row_bytes // jnp.dtype(dtype).itemsize
+
+
+def rows_per_slot(size: int, dtype, row_bytes: int) -> int:
+    """Rows of a slot of `size` elements."""
+    return -(-size // elements_per_row(dtype, row_bytes))
+
+
+def slots_view(array, num_slot_dims: int):
+    """`[..., ...]` as `[S, W]`, its first dimensions in one."""
+    return array.reshape(math.prod(array.shape[:num_slot_dims]), math.prod(array.shape[num_slot_dims:]))
+
+
+def is_scattered_bitwise(dtype, platform: str) -> bool:
+    dtype = jnp.dtype(dtype)
+    if _is_real_float(dtype) and dtype.itemsize < 4:
+        return platform != "cpu" and dtype.name in _MOVED_BITWISE_ON_GPUS
+    return True
+
+
+def as_words(array):
+    """Unsigned integers of the same bits; complex numbers, which XLA does not cast, and bool stay what they are."""
+    if array.dtype == jnp.bool_ or jnp.issubdtype(array.dtype, jnp.complexfloating):
+        return array
+    return lax.bitcast_convert_type(array, _WORDS[array.dtype.itemsize])
+
+
+def from_words(words, dtype):
+    return words if words.dtype == dtype else lax.bitcast_convert_type(words, dtype)
+
+
+def take_slots(slots, index):
+    """The slots `[S, W]` by `index` int32 `[N]`; zeros for -1."""
+    words = as_words(slots)
+    taken = jnp.take(words, jnp.maximum(index, 0), axis=0, mode="clip")
+    return from_words(jnp.where((index >= 0)[:, None], taken, jnp.zeros((), words.dtype)), slots.dtype)
+
+
+def gather_rows(slots, slot, row, row_bytes: int):
+    """`uint16 [N, row_bytes / 2]`: rows `row` of slots `slot`, both int32 `[N]`, of `[S, W]`."""
+    size = slots.shape[1]
+    length = min(size, elements_per_row(slots.dtype, row_bytes))
+    dims = lax.GatherDimensionNumbers(offset_dims=(1,), collapsed_slice_dims=(0,), start_index_map=(0, 1))
+    rows = lax.gather(
+        as_words(slots), _starts(slot, row, size, length), dims, (1, length), mode=lax.GatherScatterMode.CLIP
+    )
+    return _to_bytes(rows, row_bytes)
+
+
+def scatter_rows(slots, slot, row, rows, row_bytes: int):
+    """`[S, W]` with rows `uint16 [N, row_bytes / 2]` where they belong; those of a slot beyond S are left out."""
+    size = slots.shape[1]
+    length = min(size, elements_per_row(slots.dtype, row_bytes))
+    dims = lax.ScatterDimensionNumbers(
+        update_window_dims=(1,), inserted_window_dims=(0,), scatter_dims_to_operand_dims=(0, 1)
+    )
+    # Where two rows overlap they hold the same, so it does not matter which is written last.
+    return lax.scatter(
+        slots,
+        _starts(slot, row, size, length),
+        _from_bytes(rows, length, slots.dtype),
+        dims,
+        unique_indices=True,
+        mode=lax.GatherScatterMode.FILL_OR_DROP,
+    )
+
+
+def _starts(slot, row, size: int, length: int):
+    return jnp.stack([slot, jnp.minimum(row * length, size - length)], axis=1)
+
+
+def _to_bytes(rows, row_bytes: int):
+    if jnp.issubdtype(rows.dtype, jnp.complexfloating):
+        num_rows, length = rows.shape
+        pairs = jnp.stack([as_words(lax.real(rows)), as_words(lax.imag(rows))], axis=-1)
+        rows = pairs.reshape(num_rows, 2 * length)
+    elif rows.dtype == jnp.bool_:
+        rows = rows.astype(jnp.uint8)
+    itemsize = rows.dtype.itemsize
+    rows = jnp.pad(rows, ((0, 0), (0, row_bytes // itemsize - rows.shape[1])))
+    if itemsize == 1:
+        rows = rows.reshape(rows.shape[0], row_bytes // 2, 2)
+    return lax.bitcast_convert_type(rows, jnp.uint16).reshape(rows.shape[0], row_bytes // 2)
+
+
+def _from_bytes(rows, length: int, dtype):
+    dtype = jnp.dtype(dtype)
+    return from_words(_words_of(rows, length, dtype), dtype)
+
+
+def _words_of(rows, length: int, dtype: jnp.dtype):
+    num_rows, row_bytes = rows.shape[0], 2 * rows.shape[1]
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        part = jnp.float32 if dtype.itemsize == 8 else jnp.float64
+        pairs = _from_bytes(rows, 2 * length, part).reshape(num_rows, length, 2)
+        return lax.complex(pairs[..., 0], pairs[..., 1])
+    per_word = dtype.itemsize // 2
+    if per_word > 1:
+        rows = rows.reshape(num_rows, row_bytes // dtype.itemsize, per_word)
+    words = lax.bitcast_convert_type(rows, _WORDS[dtype.itemsize])
+    words = words.reshape(num_rows, row_bytes // dtype.itemsize)[:, :length]
+    return words != 0 if dtype == jnp.bool_ else words
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def pack(arrays: list[jax.Array], num_rows: int, row_bytes: int):
+    """`uint16 [num_rows, row_bytes / 2]`: the arrays one after the other, each in rows of its own, and zeros."""
+    parts = []
+    for array in arrays:
+        words = as_words(array.reshape(-1))
+        length = elements_per_row(array.dtype, row_bytes)
+        rows = rows_per_slot(array.size, array.dtype, row_bytes)
+        parts.append(_to_bytes(jnp.pad(words, (0, rows * length - array.size)).reshape(rows, length), row_bytes))
+    used = sum(len(part) for part in parts)
+    return jnp.concatenate([*parts, jnp.zeros((num_rows - used, row_bytes // 2), jnp.uint16)])
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def unpack(packed, like: tuple[tuple[tuple[int, ...], str], ...], row_bytes: int):
+    """The arrays of these shapes and dtypes that `pack` put there."""
+    arrays, begin = [], 0
+    for shape, name in like:
+        dtype, size = jnp.dtype(name), math.prod(shape)
+        end = begin + rows_per_slot(size, dtype, row_bytes)
+        words = _words_of(packed[begin:end], elements_per_row(dtype, row_bytes), dtype)
+        arrays.append(from_words(words.reshape(-1)[:size].reshape(shape), dtype))
+        begin = end
+    return arrays
