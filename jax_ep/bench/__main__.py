@@ -4,6 +4,7 @@
     python -m jax_ep.bench --workload decode --json out.json
     python -m jax_ep.bench --processes 4                     # one process per GPU
     python -m jax_ep.bench --stress 20000                    # checks instead of times
+    python -m jax_ep.bench --transfer                        # experts that move between ranks
 
 On a machine without GPUs it runs on `--devices` virtual CPU devices.
 """
@@ -46,6 +47,14 @@ def _parse_arguments() -> argparse.Namespace:
         help="dispatch beside a matrix product, command buffers, few blocks; default: on GPUs",
     )
     parser.add_argument("--stress", type=int, metavar="N", help="N checked rounds of changing routing, nothing else")
+    parser.add_argument(
+        "--transfer",
+        type=float,
+        nargs="?",
+        const=0.0,
+        metavar="GB",
+        help="experts of so many GB move between ranks, nothing else; default 8 on GPUs, 0.05 elsewhere",
+    )
     parser.add_argument("--json", metavar="PATH", help="write all numbers there")
     parser.add_argument("--plot", metavar="PATH.png", help="sweep block and token counts, and draw them there")
     parser.add_argument("--timeout", type=float, default=3600.0, metavar="S", help="for each stage; default 3600")
@@ -141,12 +150,15 @@ def main() -> int:
         sweeps=arguments.plot is not None,
         sweep_flags=not arguments.skip_flags,
         stress_rounds=arguments.stress or 0,
+        transfer_gb=arguments.transfer or 0.0,
     )
     names = ["ours"] + ["baselines"] * (not arguments.skip_stock)
     run = Run(arguments.baseline_timeout)
     # Whoever ends it still gets what there is.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    for name in ["stress"] if arguments.stress else names:
+    if arguments.stress or arguments.transfer is not None:
+        names = ["stress"] if arguments.stress else ["transfer"]
+    for name in names:
         if not run.interrupted:
             run.stage(dataclasses.replace(stage, name=name), arguments.timeout)
     _print(run)
@@ -165,6 +177,8 @@ def _print(run: Run) -> None:
     if run.problem:
         report.print_problem(run.problem, run.ceilings)
         report.print_rows(run.measured["row"], run.ceilings, list(run.baselines.values()))
+    elif run.measured["row"]:
+        report.print_transfer(run.measured["row"], run.ceilings)
     if run.measured["comparison"]:
         report.print_comparisons(run.measured["comparison"])
     if run.baselines:

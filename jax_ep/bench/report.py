@@ -124,6 +124,21 @@ def print_stress(result: StressResult) -> None:
     )
 
 
+def print_transfer(rows: list[Row], ceilings: Ceilings) -> None:
+    """Experts that moved; rates are of the bytes that leave each rank."""
+    stores = ceilings.store_bytes_per_s
+    print(f"\nStores to all peers: {f'{stores / 1e9:.0f} GB/s' if stores else 'not measured'}, leaving each rank.\n")
+    lines = []
+    for row in rows:
+        rate = row.link_bytes / row.times.median if row.times else None
+        rates = [f"{rate / 1e9:.2f}" if rate else "-", ratio(rate, stores)]
+        lines.append([row.name, *times_cells(row.times), f"{row.link_bytes / 1e9:.3f}", *rates])
+    print(format_table(["transfer", "us", "spread", "GB from a rank", "GB/s", "of stores"], lines))
+    for row in rows:
+        if row.error:
+            print(f"{row.name} failed: {row.error}")
+
+
 def peers_of(problem: dict[str, Any]) -> list[peers.Peer]:
     return peers.PEERS.get(problem["workload"]["name"], []) if problem else []
 

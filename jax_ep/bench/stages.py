@@ -38,6 +38,7 @@ class Stage:
     sweeps: bool = False
     sweep_flags: bool = True
     stress_rounds: int = 0
+    transfer_gb: float = 0.0  # 0: what suits the devices
     known: dict[str, Any] = dataclasses.field(default_factory=dict)  # baselines, by configuration
     process: int = 0
     port: int = 0

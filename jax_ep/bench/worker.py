@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh
 
 import jax_ep
 from jax_ep import MoEMode
-from jax_ep.bench import baselines, ceilings, comparisons, ops, rows, stress, sweeps
+from jax_ep.bench import baselines, ceilings, comparisons, ops, rows, stress, sweeps, transfer
 from jax_ep.bench.problem import Problem
 from jax_ep.bench.results import Baseline, restored
 from jax_ep.bench.stages import Stage
@@ -128,7 +128,16 @@ def _stress(stage: Stage, mesh: Mesh, workload: Workload, on_cpu: bool, report: 
         report("stress", result)
 
 
-_STAGES = dict(ours=_ours, baselines=_baselines, stress=_stress)
+def _transfer(stage: Stage, mesh: Mesh, workload: Workload, on_cpu: bool, report: Reporter) -> None:
+    report("total", len(ceilings.names(not on_cpu)) + transfer.NUM_ROWS)
+    with Problem(workload, mesh) as problem:
+        for measured in ceilings.measure_ceilings(problem):
+            report("ceilings", measured)
+    for row in transfer.measure_transfer(mesh, workload.hidden_size, stage.transfer_gb):
+        report("row", row)
+
+
+_STAGES = dict(ours=_ours, baselines=_baselines, stress=_stress, transfer=_transfer)
 
 
 def main() -> None:

@@ -13,9 +13,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_ep import _bootstrap, _ffi
+from jax_ep._bootstrap import Processes
 from jax_ep._checks import expect, expect_int
 from jax_ep.eplb import _rows
-from jax_ep.eplb._processes import Processes
 from jax_ep.eplb._rounds import Mover, Moves, TransferStatistics
 from jax_ep.eplb._transports import TRANSPORTS, HostTransport, PeerTransport, Transport, XlaTransport, stepped
 

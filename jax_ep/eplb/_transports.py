@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jax_ep._bootstrap import Processes
 from jax_ep._checks import expect
 from jax_ep.communicator import MoECommunicator
-from jax_ep.eplb._processes import Processes
 from jax_ep.types import QuantConfig
 
 TRANSPORTS = ("peer", "xla", "host")

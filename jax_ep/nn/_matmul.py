@@ -26,7 +26,25 @@ def _has_tokamax() -> bool:
     return True
 
 
+# Its kernels, those of the backward pass too, mix dtypes, which a user may have forbidden: so a rule of our own.
+_as_tokamax_needs = functools.partial(jax.numpy_dtype_promotion, "standard")
+
+
+@jax.custom_vjp
 def _tokamax_ragged_dot(rows, kernels, group_sizes):
+    return _forward(rows, kernels, group_sizes)[0]
+
+
+def _forward(rows, kernels, group_sizes):
     import tokamax
 
-    return tokamax.ragged_dot(rows, kernels, group_sizes)
+    with _as_tokamax_needs():
+        return jax.vjp(lambda rows, kernels: tokamax.ragged_dot(rows, kernels, group_sizes), rows, kernels)
+
+
+def _backward(pull, gradient):
+    with _as_tokamax_needs():
+        return *pull(gradient), None
+
+
+_tokamax_ragged_dot.defvjp(_forward, _backward)

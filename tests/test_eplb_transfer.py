@@ -1,0 +1,352 @@
+"""Arrays and experts arrive bit for bit, by every transport, in one process and in several."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import signal
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import suite
+import test_bench
+import test_processes
+from eplb_worker import (
+    BUDGET_BYTES,
+    DTYPES,
+    ROW_BYTES,
+    Message,
+    check_messages,
+    check_transfer,
+    check_unmatched,
+    communicator,
+    draw_messages,
+    draw_placement,
+    random_bits,
+)
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from jax_ep.bench import transfer as bench_transfer
+from jax_ep.eplb import EplbCommunicator, count_moves, create_eplb_communicator, transfer_experts
+from jax_ep.eplb._rounds import _Tables, rounds_of
+from jax_ep.eplb._rows import rows_per_slot
+from jax_ep.eplb._transfer import balanced, plan_transfer
+
+TRANSPORTS = ["peer", "xla", "host"]
+
+
+@pytest.fixture(params=TRANSPORTS)
+def connect(request, native_implementation):
+    """`connect(num_ranks, **arguments)`: a communicator."""
+    made = []
+
+    def connect(num_ranks: int, mesh=None, **arguments) -> EplbCommunicator:
+        num_ranks = suite.num_ranks_at_most(native_implementation, num_ranks)
+        mesh = suite.make_mesh(native_implementation, num_ranks) if mesh is None else mesh
+        made.append(communicator(mesh, request.param, native_implementation, **arguments))
+        return made[-1]
+
+    yield connect
+    for comm in made:
+        comm.destroy()
+
+
+# ---- arrays ----
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 8])
+def test_messages(connect, num_ranks):
+    comm, rng = connect(num_ranks), np.random.default_rng(num_ranks)
+    check_messages(comm, draw_messages(rng, comm.num_ranks, 5))
+    check_messages(comm, [])
+
+
+@hypothesis.settings(max_examples=3)
+@hypothesis.given(data=st.data())
+def test_drawn_messages(connect, data):
+    comm = connect(4)
+    rank = st.integers(0, comm.num_ranks - 1)
+    pairs = data.draw(st.lists(st.tuples(rank, rank), max_size=6))
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    # Few shapes, since each makes a program.
+    check_messages(comm, [Message(*pair, random_bits(rng, (37,), "bfloat16")) for pair in pairs])
+
+
+def check_every_bit(comm: EplbCommunicator) -> None:
+    """All values of 16 bits, and of the other types random bits."""
+    last, rng = comm.num_ranks - 1, np.random.default_rng(0)
+    words = np.arange(2**16, dtype=np.uint16)
+    nans = np.concatenate([words.astype(np.uint32) | 0x7F800000, words.astype(np.uint32)])  # and subnormal numbers
+    arrays = [words.view(jnp.bfloat16), words.view(np.float16), nans.view(np.float32), nans.view(np.complex64)]
+    arrays += [random_bits(rng, (4099,), dtype) for dtype in DTYPES]
+    with jax.enable_x64(True):
+        arrays += [random_bits(rng, (515,), dtype) for dtype in (np.float64, np.int64, np.complex128)]
+        for i, array in enumerate(arrays):
+            comm.add_send(array, last, i % 2 * last)
+            comm.add_recv(array, i % 2 * last, last)
+        # Received in the order of add_recv, whatever the order of their sources.
+        for array, got in zip(arrays, comm.execute(), strict=True):
+            assert got.dtype == array.dtype and np.asarray(got).tobytes() == array.tobytes()
+
+
+def test_every_bit(connect):
+    check_every_bit(connect(2, row_bytes=4096, memory_budget_bytes=1 << 20))
+
+
+def test_reference(native_implementation):
+    """The kernels' oracle moves bits too, wherever there are no kernels."""
+    mesh = suite.make_mesh(native_implementation, suite.num_ranks_at_most(native_implementation, 2))
+    with communicator(mesh, "peer", "reference", row_bytes=4096, memory_budget_bytes=1 << 20) as comm:
+        check_every_bit(comm)
+        check_transfer(comm, np.random.default_rng(0), tails={"bfloat16": (5, 31)})
+
+
+def test_unmatched_and_then_again(connect):
+    comm = connect(4)
+    check_unmatched(comm)
+    check_messages(comm, draw_messages(np.random.default_rng(3), comm.num_ranks, 2))
+
+
+def test_ranks_are_implied_by_devices(native_implementation):
+    mesh = suite.make_mesh(native_implementation, suite.num_ranks_at_most(native_implementation, 2))
+    last, devices = mesh.size - 1, mesh.devices
+    with create_eplb_communicator(mesh, "xla") as comm:
+        sent = jax.device_put(np.arange(3, dtype=np.float32), devices[last])
+        comm.add_send(sent, 0)
+        comm.add_recv(jax.device_put(sent, devices[0]), last)
+        (got,) = comm.execute()
+        np.testing.assert_array_equal(got, sent)
+        assert got.devices() == {devices[0]}
+
+
+def test_arguments(native_implementation):
+    mesh = suite.make_mesh(native_implementation, 1)
+    with EplbCommunicator(mesh, transport="xla") as comm:
+        for array, error, text in [
+            (1.0, TypeError, "array: expected an array, got float"),
+            (jax.random.key(0), ValueError, "array: expected a dtype of whole bytes, got key"),
+            (jnp.zeros(3, jnp.int4), ValueError, "array: expected a dtype of whole bytes, got int4"),
+            (np.zeros(3), ValueError, "array: expected dtype float32, or jax_enable_x64, got float64"),
+        ]:
+            with pytest.raises(error, match=text):
+                comm.add_send(array, 0)
+        with pytest.raises(TypeError, match="like: expected an array or a jax.ShapeDtypeStruct, got list"):
+            comm.add_recv([], 0)
+        with pytest.raises(ValueError, match="dst_rank: expected a rank below 1, got 1"):
+            comm.add_send(np.zeros(3, np.float32), 1)
+        assert comm.execute() == []
+    for arguments, text in [
+        (dict(transport="tcp"), "transport: expected one of .* got 'tcp'"),
+        (dict(row_bytes=24), "row_bytes: expected a multiple of 16, got 24"),
+        (dict(memory_budget_bytes=8192), "memory_budget_bytes: expected at least 82048 bytes, got 8192"),
+        (dict(axis_name="tp"), "axis_name: expected one of"),
+        (dict(timeout_s=0), "timeout_s: expected seconds above 0, got 0"),
+    ]:
+        with pytest.raises(ValueError, match=text):
+            EplbCommunicator(mesh, **dict(transport="xla") | arguments)
+
+
+def test_which_rank_is_asked_for(native_implementation):
+    mesh = suite.make_mesh(native_implementation, 2)
+    with EplbCommunicator(mesh, transport="host") as comm:
+        text = r"src_rank: expected one of this process's ranks \[0, 1\], or an array on the device of one, got None"
+        with pytest.raises(ValueError, match=text):
+            comm.add_send(np.zeros(3, np.float32), 1)
+    with EplbCommunicator(suite.make_mesh(native_implementation, 1, dp=2), transport="host") as comm:
+        with pytest.raises(ValueError, match="mesh: expected no other axis for add_send and add_recv, got"):
+            comm.add_send(np.zeros(3, np.float32), 0, 0)
+
+
+# ---- experts ----
+
+
+def test_transfer(connect):
+    """One shape, many placements."""
+    comm = connect(4)
+    for seed in range(3):
+        check_transfer(comm, np.random.default_rng(seed), donate=seed % 2 == 0)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 8])
+def test_transfer_of_one_layer(connect, num_ranks):
+    tails = {"float8_e4m3fn": (131,), "complex64": (9,)}
+    check_transfer(connect(num_ranks), np.random.default_rng(0), layers=None, tails=tails)
+
+
+def test_transfer_beside_another_axis(connect, native_implementation):
+    """Replicated over the other axis, and split."""
+    comm = connect(2, mesh=suite.make_mesh(native_implementation, 2, dp=2, axis_type=AxisType.Auto))
+    check_transfer(comm, np.random.default_rng(0), tails={"bfloat16": (6,)})
+    check_transfer(comm, np.random.default_rng(1), tails={"bfloat16": (6, 34)}, spec=(None, "dp"))
+
+
+def round_bytes(comm: EplbCommunicator, params: jax.Array, old: np.ndarray, new: np.ndarray) -> int:
+    """What XLA says that the program of a round takes on a device besides its arguments and results."""
+    moves = plan_transfer(old[None], new[None], comm.num_ranks).moves
+    per_slot = rows_per_slot(params.shape[1], params.dtype, ROW_BYTES)
+    layout, _ = comm._transport.layout(moves.counts(comm.num_ranks) * per_slot)
+    counts = np.zeros((comm.num_ranks,) * 2, np.int32)
+    step = comm._mover._program(params.sharding, layout, per_slot, 1)
+    lowered = step.lower(params, params, list(_Tables.of(moves, comm.num_ranks)), counts, counts)
+    return lowered.compile().memory_analysis().temp_size_in_bytes
+
+
+def test_budget(native_implementation):
+    """What a round takes fits, and there are no more rounds than that makes necessary."""
+    num_ranks = suite.num_ranks_at_most(native_implementation, 4)
+    mesh = suite.make_mesh(native_implementation, num_ranks)
+    old, new = np.arange(2 * num_ranks), np.roll(np.arange(2 * num_ranks), 2)
+    params = suite.put(random_bits(np.random.default_rng(0), (2 * num_ranks, 4096), "int8"), mesh, P("ep"))
+    rounds = {}
+    for transport, budget in itertools.product(("peer", "xla"), (BUDGET_BYTES, 16 * BUDGET_BYTES)):
+        with communicator(mesh, transport, native_implementation, memory_budget_bytes=budget) as comm:
+            transfer_experts(params, old, new, comm)
+            rows = comm._transport.max_rows
+            arena_bytes = comm._transport.comm.arena_bytes if transport == "peer" else 0
+            if native_implementation == "cpu":  # where that is address space, of all ranks
+                arena_bytes = 2 * (num_ranks - 1) * rows * ROW_BYTES * (transport == "peer")
+            assert arena_bytes + round_bytes(comm, params, old, new) <= budget
+            needed = 2 * 4096 / (rows * ROW_BYTES) if num_ranks > 1 else 0
+            rounds[transport, budget] = comm.statistics.num_rounds
+            assert needed <= comm.statistics.num_rounds <= 1.1 * needed + 1
+            # Neighbours send two experts each, and nobody anything else.
+            moved = 2 * 4096 * np.roll(np.eye(num_ranks, dtype=int), 1, axis=1) * (num_ranks > 1)
+            np.testing.assert_array_equal(comm.statistics.bytes_moved, moved)
+            assert comm.statistics.bytes_over_links == 2 * 4096 * num_ranks * (num_ranks > 1)
+    if num_ranks > 1:
+        assert rounds["peer", BUDGET_BYTES] > rounds["peer", 16 * BUDGET_BYTES]
+
+
+def test_rounds_are_even():
+    rows = np.array([[0, 100, 7], [1, 0, 0], [33, 2, 5]])
+    rounds = list(rounds_of(rows, 7))
+    np.testing.assert_array_equal(sum(count for _, count in rounds), rows)
+    for (first, count), (following, _) in itertools.pairwise(rounds):
+        np.testing.assert_array_equal(first + count, following)
+        assert (count <= -(-rows // 7)).all()
+
+
+def test_transfer_without_a_change_copies_nothing(native_implementation):
+    mesh = suite.make_mesh(native_implementation, suite.num_ranks_at_most(native_implementation, 2))
+    slots = np.arange(4)
+    params = dict(weights=suite.put(np.ones((4, 3), np.float32), mesh, P("ep")), step=3)
+    got = transfer_experts(params, slots, slots, donate=True)  # with a communicator of its own
+    assert got["weights"] is params["weights"] and got["step"] == 3
+    got = transfer_experts(params, slots, slots[::-1], donate=True, row_bytes=64, transport="xla")
+    assert params["weights"].is_deleted() and not got["weights"].is_deleted()
+
+
+def test_transfer_arguments(native_implementation):
+    mesh = suite.make_mesh(native_implementation, 1)
+    weights = suite.put(np.ones((4, 3), np.float32), mesh, P("ep"))
+    slots = np.arange(4)
+    with EplbCommunicator(mesh, transport="xla") as comm:
+        for params, old, new, error, text in [
+            (weights, slots, slots[:3], ValueError, r"new: expected shape \[4\], got shape \[3\]"),
+            (weights, slots, slots * 1.0, ValueError, "new: expected an integer dtype, got float64"),
+            (weights, slots, slots - 2, ValueError, "new: expected experts from 0 on, or -1, got -2"),
+            (weights, slots, slots + 1, ValueError, "new: expected experts that are in old, got expert 4 in layer 0"),
+            (weights, slots[None, None], slots, ValueError, r"old: expected shape \[P\] or \[layers, P\], got shape"),
+            ([weights[:2]], slots, slots, ValueError, r"params\[0\]: expected shape \[4, ...\], got shape \[2, 3\]"),
+            ([np.ones(4)], slots, slots, TypeError, r"params\[0\]: expected a jax.Array, got ndarray"),
+            (
+                {"w": jnp.ones(4)},
+                slots,
+                slots,
+                ValueError,
+                r"params\['w'\]: expected dimension 0 sharded over axis 'ep'",
+            ),
+        ]:
+            with pytest.raises(error, match=text):
+                transfer_experts(params, old, new, comm)
+        with pytest.raises(ValueError, match=r"communicator: expected None beside its arguments, got \['transport'\]"):
+            transfer_experts(weights, slots, slots, comm, transport="xla")
+    with pytest.raises(ValueError, match="params: expected an array sharded over a mesh, or a communicator, got 1"):
+        transfer_experts([jnp.ones(4)], slots, slots)
+
+
+# ---- plans ----
+
+
+@hypothesis.given(seed=st.integers(0, 999), num_ranks=st.sampled_from([2, 4, 8]))
+@hypothesis.settings(max_examples=30)
+def test_plan(seed, num_ranks):
+    """Every slot gets its expert, by as few moves as there can be, from ranks that hold it."""
+    rng, layers, per_rank = np.random.default_rng(seed), 2, 4
+    old, new = (draw_placement(rng, layers, per_rank * num_ranks, 2 * num_ranks) for _ in range(2))
+    plan = plan_transfer(old, new, num_ranks)
+    by_rank = [np.moveaxis(a.reshape(layers, num_ranks, -1), 1, 0).reshape(num_ranks, -1) for a in (old, new)]
+    slots = np.where(plan.local_source >= 0, np.take_along_axis(by_rank[0], np.maximum(plan.local_source, 0), 1), -1)
+    src_rank, src_slot, dst_rank, dst_slot = plan.moves
+    assert (src_rank != dst_rank).all() and (slots[dst_rank, dst_slot] == -1).all()
+    slots[dst_rank, dst_slot] = by_rank[0][src_rank, src_slot]
+    if plan.copies is not None:
+        slots = np.take_along_axis(slots, plan.copies, axis=1)
+    np.testing.assert_array_equal(slots, by_rank[1])
+    # A rank that needs an expert twice fetches it once.
+    distinct = {(*where, expert) for where, expert in np.ndenumerate(new.reshape(layers, num_ranks, -1))}
+    wanted = {(layer, rank, expert) for layer, rank, _, expert in distinct if expert >= 0}
+    held = {(*where[:2], expert) for where, expert in np.ndenumerate(old.reshape(layers, num_ranks, -1))}
+    assert len(src_rank) == len(wanted - held)
+    if (new >= 0).all():
+        assert len(src_rank) <= count_moves(old, new, num_ranks).sum()
+
+
+@hypothesis.given(
+    choices=st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=3, unique=True), min_size=1, max_size=6)
+)
+@hypothesis.settings(max_examples=60)
+def test_senders_are_balanced(choices):
+    chosen = balanced(choices, 4)
+    assert all(rank in ranks for rank, ranks in zip(chosen, choices, strict=True))
+    best = min(np.bincount(picked).max() for picked in itertools.product(*choices))
+    assert np.bincount(chosen).max() == best
+
+
+# ---- the benchmark's rows ----
+
+
+def test_benchmark(tmp_path):
+    file = tmp_path / "out.json"
+    output = test_bench.run_bench("--devices", 2, "--transfer", 0.001, "--json", file)
+    rows = [summary["row"] for summary in json.loads(file.read_text())["rows"]]
+    assert [row["error"] for row in rows] == [None] * bench_transfer.NUM_ROWS
+    assert all(row["link_bytes"] == 5 * 98304 for row in rows)  # of either rank
+    for text in ('transfer_experts, "peer"', "its rounds alone", "jnp.take", "of stores"):
+        assert text in output
+
+
+def test_benchmark_finds_wrong_results(native_implementation, monkeypatch):
+    num_ranks = suite.num_ranks_at_most(native_implementation, 2)
+    mesh = suite.make_mesh(native_implementation, num_ranks, axis_type=AxisType.Auto)
+    monkeypatch.setattr(bench_transfer, "transfer_experts", lambda params, *_: params)
+    row = next(bench_transfer.measure_transfer(mesh, 64, 0.001))
+    assert num_ranks == 1 or "elements are wrong" in row.error
+
+
+# ---- several processes ----
+
+
+@pytest.fixture
+def run_processes(native_implementation, tmp_path, monkeypatch):
+    """Runs a scenario of `eplb_worker.py` in two processes, and expects their statuses."""
+    monkeypatch.setattr(test_processes, "WORKER", test_processes.WORKER.with_name("eplb_worker.py"))
+
+    def run(scenario: str, devices_each: int, statuses: list[int]) -> None:
+        ended = test_processes.run_processes(tmp_path, scenario, native_implementation, 2, devices_each)
+        test_processes.assert_ended(ended, statuses)
+
+    return run
+
+
+def test_across_processes(run_processes):
+    run_processes("all", 2, [0, 0])
+
+
+def test_lost_process(run_processes):
+    run_processes("lost", 1, [0, -signal.SIGKILL])
