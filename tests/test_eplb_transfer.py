@@ -218,7 +218,7 @@ def test_budget(native_implementation):
             moved = 2 * 4096 * np.roll(np.eye(num_ranks, dtype=int), 1, axis=1) * (num_ranks > 1)
             np.testing.assert_array_equal(comm.statistics.bytes_moved, moved)
             assert comm.statistics.bytes_over_links == 2 * 4096 * num_ranks * (num_ranks > 1)
-    if num_ranks > 1:
+    if num_ranks > 2:  # of two ranks, either budget takes all
         assert rounds["peer", BUDGET_BYTES] > rounds["peer", 16 * BUDGET_BYTES]
 
 
