@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 from jax_ep import _ffi, _reference
 
@@ -23,8 +24,10 @@ def combine(spec, y, row_weights, routing, num_tokens: int, ticket=None):
     cross the link, and the ranks are added in order: the result is bitwise the same from run to run.
     """
     if spec.is_reference:
-        return _reference.combine(spec, y, row_weights, routing, num_tokens)
-    return _combine(spec, num_tokens, y, row_weights, routing, ticket)
+        out = _reference.combine(spec, y, row_weights, routing, num_tokens)
+    else:
+        out = _combine(spec, num_tokens, y, row_weights, routing, ticket)
+    return checkpoint_name(out, "jax_ep.combine")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -6,6 +6,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jax_ep import _ffi, _quant, _reference
 from jax_ep.types import QuantConfig
@@ -29,8 +30,8 @@ def dispatch(spec, x, weights, topk_ids, quant: QuantConfig | None, fill: bool, 
     num_dropped [], recv_topk_ids [C, K] or None); and what `dispatch_cached` along that routing returns.
     """
     if spec.is_reference:
-        routed = _reference.route(spec, topk_ids)
-        received = _reference.dispatch_cached(spec, x, weights, routed[0], quant)
+        routed = _named(_reference.route(spec, topk_ids))
+        received = _reference_received(spec, x, weights, routed[0], quant)
     else:
         routed, received = _move(spec, True, fill, x, weights, topk_ids, quant, ticket)
     return routed, _guarded(*received)
@@ -45,10 +46,20 @@ def dispatch_cached(spec, x, weights, routing, quant: QuantConfig | None, fill: 
     Slots of EXPERT_MAJOR without a token are zero with `fill`, or if x or weights is differentiated.
     """
     if spec.is_reference:
-        received = _reference.dispatch_cached(spec, x, weights, routing, quant)
+        received = _reference_received(spec, x, weights, routing, quant)
     else:
         _, received = _move(spec, False, fill, x, weights, routing, quant, ticket)
     return _guarded(*received)
+
+
+def _named(arrays):
+    """For a policy of `jax.checkpoint` that keeps what an op returned: residuals bear the name as well."""
+    return jax.tree.map(lambda array: checkpoint_name(array, "jax_ep.dispatch"), arrays)
+
+
+def _reference_received(spec, x, weights, routing, quant):
+    *received, straight_through = _reference.dispatch_cached(spec, x, weights, routing, quant)
+    return *_named(received), straight_through
 
 
 def _guarded(tokens, row_weights, scales, straight_through):
@@ -68,6 +79,7 @@ def _moved(spec, is_fresh, fill, x, weights, by, quant, ticket):
         routed, received = _ffi.dispatch(spec, x, weights, by, quant, fill=fill, ticket=ticket)
     else:
         routed, received = None, _ffi.dispatch_cached(spec, x, weights, by, quant, fill=fill, ticket=ticket)
+    routed, received = _named((routed, received))
     straight_through = _no_rows(spec, x) if quant is not None and quant.scales is None else None
     return routed, (*received, straight_through)
 
