@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Runs what needs GPUs: the shared suite on all of them and across processes, the kernels under compute-sanitizer, and the
+# Runs what needs GPUs: the tests on all of them and across processes, the kernels under compute-sanitizer, and the
 # benchmark.
 #
-#   tests/on_gpus.sh [LOG_FOLDER]     with the package installed with CUDA, and pytest and hypothesis
+#   tests/on_gpus.sh [LOG_FOLDER]     with the package installed with CUDA and the extra test
 #
 # Ends with a line per part, and fails if one of them did.
 set -u
@@ -26,6 +26,10 @@ nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | sort | uniq -
 python3 -c 'import jax; print("jax", jax.__version__)'
 
 part "ops-$gpus-gpus" 400 python3 -m pytest -q --durations=10 tests/test_ops.py tests/test_errors.py
+part "layers-$gpus-gpus" 400 python3 -m pytest -q --durations=10 tests/test_nn.py tests/test_compat.py tests/test_stats.py tests/test_doctor.py \
+  tests/test_profiling.py tests/test_packaging.py
+part "balancing-$gpus-gpus" 500 python3 -m pytest -q --durations=10 tests/test_eplb_routing.py tests/test_eplb_transfer.py
+part "examples-$gpus-gpus" 500 python3 -m pytest -q --durations=10 tests/test_examples.py tests/test_olmoe.py tests/test_load_mixtral.py
 part "processes-$gpus-gpus" 300 python3 -m pytest -q --durations=10 tests/test_processes.py
 # The kernels alone: under a sanitizer the whole suite crashes, see docs/testing.md.
 build=build/cuda-ops-test
@@ -40,6 +44,7 @@ done
 if [ "$gpus" -gt 1 ]; then
   part stress 200 python3 -m jax_ep.bench --stress 20000
   part stress-low-latency 300 python3 -m jax_ep.bench --workload decode --stress 200000
+  part transfer 120 python3 -m jax_ep.bench --transfer --json "$logs/transfer.json"
 fi
 # What the tables of docs/performance.md are made of.
 bench="python3 -m jax_ep.bench --skip-stock --no-comparisons"
