@@ -5,13 +5,14 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jax_ep import _bootstrap, _combine, _dispatch, _ffi, _quant, _shapes
 from jax_ep._checks import expect, expect_array, expect_dtype, expect_inside_shard_map, expect_int
+from jax_ep._placement import ExpertPlacement, expect_placement, to_physical
 from jax_ep.types import (
     CapacityError,
     CombineRequest,
@@ -27,9 +28,6 @@ from jax_ep.types import (
     QuantConfig,
     QuantOutput,
 )
-
-if TYPE_CHECKING:
-    from jax_ep.eplb import ExpertPlacement
 
 _IMPLEMENTATIONS = ("cuda", "cpu", "reference")
 _PLATFORMS = {"cuda": "gpu", "cpu": "cpu"}
@@ -317,14 +315,12 @@ class MoECommunicator:
 
     def _physical(self, topk_ids, placement) -> jax.Array:
         """The slots of logical experts."""
-        from jax_ep.eplb import _routing  # needs jax_ep
-
-        _routing.expect_placement("placement", placement)
+        expect_placement("placement", placement)
         num_slots = self._shape.num_experts
         expect(placement.num_slots == num_slots, "placement", f"{num_slots} slots", placement.num_slots)
         self._num_named_experts = placement.num_experts
         rank = jax.lax.axis_index(self.config.axis_name)
-        return _routing.to_physical(topk_ids, placement, rank)
+        return to_physical(topk_ids, placement, rank)
 
     def _received(self, request: DispatchRequest) -> tuple[DispatchOutput, DispatchHandle]:
         """The op, or with a ticket its receiving half."""

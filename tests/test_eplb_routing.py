@@ -17,8 +17,8 @@ from suite import EXPERT_MAJOR, FLAT, LOW_LATENCY, RANK_MAJOR, Case
 from test_examples import ROOT, run_python
 
 import jax_ep
-from jax_ep import eplb
-from jax_ep.eplb import ExpertPlacement, _routing
+from jax_ep import _placement, eplb
+from jax_ep.eplb import ExpertPlacement
 
 # Experts that R = 4 ranks cannot share evenly; rank 1 has one and two empty slots, expert 0 three replicas.
 EMPTY_SLOTS = [0, 1, 2, 3, -1, -1, 4, 0, -1, 5, 3, 0]
@@ -147,7 +147,7 @@ def test_reference_is_the_dense_layer():
 
 
 def test_many_tokens_are_sorted(native_implementation, monkeypatch):
-    monkeypatch.setattr(_routing, "_MOST_COMPARED", 0)
+    monkeypatch.setattr(_placement, "_MOST_COMPARED", 0)
     check_layer(native_implementation, LAYERS["ht-flat-tied"])
 
 

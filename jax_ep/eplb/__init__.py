@@ -1,17 +1,16 @@
 """Expert parallel load balancing: which experts to replicate, and where."""
 
+from jax_ep._placement import ExpertPlacement, Placement, to_physical
 from jax_ep.eplb._communicator import EplbCommunicator, create_eplb_communicator
 from jax_ep.eplb._placement_moves import count_moves, replan_experts
-from jax_ep.eplb._planner import Placement, gpu_imbalance, rebalance_experts
+from jax_ep.eplb._planner import gpu_imbalance, rebalance_experts
 from jax_ep.eplb._recorder import LoadRecorder
 from jax_ep.eplb._rounds import TransferStatistics
 from jax_ep.eplb._routing import (
-    ExpertPlacement,
     replicate_experts,
     share_replica_gradients,
     sum_replica_gradients,
     tie_replicas,
-    to_physical,
 )
 from jax_ep.eplb._transfer import transfer_experts
 

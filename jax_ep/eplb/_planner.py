@@ -12,24 +12,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from jax_ep._checks import expect, expect_int
+from jax_ep._placement import Placement
 
 # Of a GPU's load: a smaller gain is rounding.
 ROUNDING = 1e-9
-
-
-class Placement(NamedTuple):
-    """Which expert each physical slot holds; GPU g has the slots from `g * P / num_gpus` on.
-
-    Attributes:
-      physical_to_logical: int32 `[layers, P]`, the expert in each slot.
-      logical_to_physical: int32 `[layers, E, X]`, the slots of each expert in ascending order, then -1. X is the most
-        replicas of any expert in any layer.
-      num_replicas_per_expert: int32 `[layers, E]`, how many of those X are slots.
-    """
-
-    physical_to_logical: np.ndarray
-    logical_to_physical: np.ndarray
-    num_replicas_per_expert: np.ndarray
 
 
 class Cluster(NamedTuple):

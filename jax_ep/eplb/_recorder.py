@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jax_ep import _ffi
 from jax_ep._checks import expect, expect_array, expect_int
-from jax_ep.eplb._routing import ExpertPlacement, expect_placement
+from jax_ep._placement import ExpertPlacement, expect_placement
 from jax_ep.types import DispatchHandle, DispatchOutput
 
 Array = jax.Array
