@@ -3,18 +3,17 @@
 import functools
 import importlib
 import importlib.util
-import os
 import pathlib
 import pkgutil
 import re
-import subprocess
 import sys
 import textwrap
 import types
 
 import jax
 import pytest
-from test_examples import ROOT, run_python
+from commands import ROOT, run
+from test_examples import run_python
 
 import jax_ep
 
@@ -135,17 +134,8 @@ def missing_packages() -> list[str]:
 
 @pytest.mark.skipif(bool(missing_packages()), reason="needs the extra docs: pip install 'jax_ep[docs]'")
 def test_site_builds(tmp_path):
-    result = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
-        env=os.environ | dict(PYTHONDONTWRITEBYTECODE="1"),
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout
+    build = sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"
+    run(*build, PYTHONDONTWRITEBYTECODE="1")
     pages = {path.name: path.read_text() for path in (tmp_path / "site").glob("**/*.html")}
     for name in public_names():
         assert f'id="{name}"' in pages["api.html"], name

@@ -1,32 +1,19 @@
 """The code that users start from runs as it is printed."""
 
-import os
 import pathlib
 import re
-import subprocess
 import sys
 
 import pytest
+from commands import ROOT, run
 
-ROOT = pathlib.Path(__file__).parents[1]
 TIMEOUT_S = 240
 
 
 def run_python(implementation: str, directory: pathlib.Path, *arguments) -> str:
     """Runs it as users would, with warnings as errors, and returns what it printed."""
     platforms = dict(JAX_PLATFORMS="cpu") if implementation == "cpu" else {}
-    result = subprocess.run(
-        [sys.executable, "-W", "error", *map(str, arguments)],
-        env=os.environ | platforms,
-        cwd=directory,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout
-    return result.stdout
+    return run(sys.executable, "-W", "error", *arguments, cwd=directory, timeout_s=TIMEOUT_S, **platforms)
 
 
 def test_train_moe_lm(native_implementation, tmp_path):

@@ -8,35 +8,19 @@ import importlib.machinery
 import importlib.metadata
 import importlib.util
 import pathlib
-import subprocess
 import sys
 import tarfile
 
 import pytest
+from commands import ROOT, run
 
 import jax_ep
 
-ROOT = pathlib.Path(__file__).parents[1]
-TIMEOUT_S = 120
 MAX_SDIST_BYTES = 2 << 20
 SHIPPED = {"cmake", "docs", "examples", "ffi", "jax_ep", "tests"} | {
     *("CHANGELOG.md", "CMakeLists.txt", "CONTRIBUTING.md", "LICENSE", "Makefile", "PKG-INFO", "README.md"),
     *("mkdocs.yml", "pyproject.toml"),
 }
-
-
-def run(*command, cwd=ROOT) -> str:
-    result = subprocess.run(
-        list(map(str, command)),
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout
-    return result.stdout
 
 
 def built(name: str) -> pathlib.Path:
