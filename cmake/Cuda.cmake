@@ -32,7 +32,7 @@ add_library(jax_ep_cuda_ops STATIC
   ffi/common/error.cc
   ffi/cuda/ceilings.cu ffi/cuda/combine.cu ffi/cuda/communicator.cc ffi/cuda/dispatch.cu
   ffi/cuda/exchange.cu ffi/cuda/latency_combine.cu ffi/cuda/latency_dispatch.cu
-  ffi/cuda/placement.cu)
+  ffi/cuda/placement.cu ffi/cuda/transfer.cu)
 target_include_directories(jax_ep_cuda_ops PUBLIC ffi)
 target_link_libraries(jax_ep_cuda_ops PUBLIC CUDA::cudart_static)
 target_compile_options(jax_ep_cuda_ops PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-lineinfo>)

@@ -1,6 +1,6 @@
 # The CUDA kernels on the CPU: see tests/cpp/emulator/emulator.h.
 set(_kernels ffi/cuda/ceilings.cu ffi/cuda/combine.cu ffi/cuda/dispatch.cu ffi/cuda/exchange.cu
-  ffi/cuda/latency_combine.cu ffi/cuda/latency_dispatch.cu ffi/cuda/placement.cu)
+  ffi/cuda/latency_combine.cu ffi/cuda/latency_dispatch.cu ffi/cuda/placement.cu ffi/cuda/transfer.cu)
 set_source_files_properties(${_kernels} PROPERTIES LANGUAGE CXX)
 add_executable(cuda_ops_emulated_test EXCLUDE_FROM_ALL
   ${_kernels} ffi/cuda/communicator.cc

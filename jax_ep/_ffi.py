@@ -208,6 +208,11 @@ def combine(spec, y, row_weights, row_scalars, tables, num_tokens, ticket=None):
     return out, None if row_scalars is None else token_scalars
 
 
+def transfer(spec, source, tables, num_slots: int) -> jax.Array:
+    """`source` [S, W], packed `tables` [n] -> [D, W]; see `_transfer.TransferTables`."""
+    return _call("jax_ep_transfer", spec, _result((num_slots, source.shape[1]), source.dtype, source), source, tables)
+
+
 def dispatch_start(spec, x, weights, topk_ids, tables, quant=None) -> jax.Array:
     """Sends what `dispatch`, or without `topk_ids` `dispatch_cached`, is to receive -> its ticket [2].
 

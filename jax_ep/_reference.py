@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_ep import _quant
+from jax_ep._words import as_words, from_words
 from jax_ep.types import DispatchLayout, ErrorCode
 
 
@@ -178,3 +179,27 @@ def combine(spec, y, row_weights, routing, num_tokens: int):
     for rank in range(shape.num_ranks):
         total += returned[rank].astype(sum_dtype)
     return (total * poison.astype(sum_dtype)).astype(y.dtype)
+
+
+def transfer(spec, source, tables):
+    """`_transfer.transfer`, by the `TransferTables` of this rank."""
+    axis, rank = spec.axis_name, lax.axis_index(spec.axis_name)
+    num_sources, everyones = source.shape[0], lax.all_gather(tables, axis)
+    # Where each slot is filled from, counted through all ranks' slots.
+    own = jnp.where(tables.source >= 0, rank * num_sources + tables.source, -1)
+    arrival = jnp.arange(tables.recv_slots.shape[0], dtype=jnp.int32)
+    src = jnp.searchsorted(tables.recv_begin, arrival, side="right", method="compare_all").astype(jnp.int32) - 1
+    src = jnp.minimum(src, spec.shape.num_ranks - 1)
+    sent = everyones.send_begin[src, rank] + arrival - tables.recv_begin[src]
+    slot = everyones.send_slots[src, jnp.minimum(sent, arrival.shape[0] - 1)]
+    arrives = arrival < tables.recv_begin[-1]
+    first = own.at[jnp.where(arrives, tables.recv_slots, own.shape[0])].set(src * num_sources + slot, mode="drop")
+    origin = lax.fori_loop(0, own.shape[0], lambda _, origin: _passed_on(origin, tables.next), first)
+    slots = lax.all_gather(as_words(source), axis, tiled=True)
+    filled = jnp.where((origin >= 0)[:, None], slots[jnp.maximum(origin, 0)], jnp.zeros((), slots.dtype))
+    return from_words(filled, source.dtype)
+
+
+def _passed_on(origin, following):
+    """Each slot's origin, and that of the slot whose `following` it is."""
+    return origin.at[jnp.where(following >= 0, following, origin.shape[0])].set(origin, mode="drop")

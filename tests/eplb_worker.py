@@ -200,13 +200,13 @@ def check_lost(mesh: Mesh) -> None:
             distributed.global_state.client.key_value_set("gave_up", "")
         else:
             with pytest.MonkeyPatch.context() as patched, pytest.raises(ZeroDivisionError):
-                patched.setattr(comm._mover, "move", lambda *_: 1 // 0)
+                patched.setattr(comm._mover, "fill", lambda *_: 1 // 0)
                 check_messages(comm, [message])
             distributed.global_state.client.blocking_key_value_get("gave_up", 60_000)
         check_messages(comm, [message])
     comm = communicator(mesh, "peer", timeout_s=4.0)
     if not survives:
-        comm._mover.move = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        comm._mover.fill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     with pytest.raises(PeerTimeoutError, match=r"rank \d waited 4 s for rank \d"):
         check_messages(comm, [message])
     os._exit(0)

@@ -5,7 +5,7 @@
 namespace jax_ep {
 
 std::string DescribeTimeout(const ErrorRecord& error, double timeout_s) {
-  static constexpr const char* kPhases[] = {"route", "dispatch", "combine"};
+  static constexpr const char* kPhases[] = {"route", "dispatch", "combine", "transfer"};
   char text[256];
   std::snprintf(text, sizeof text,
                 "rank %d waited %.3g s for rank %d in %s: expected %lld, got %lld. The peer died, "

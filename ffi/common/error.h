@@ -9,7 +9,7 @@
 
 namespace jax_ep {
 
-enum class Phase : int32_t { kRoute = 0, kDispatch = 1, kCombine = 2 };
+enum class Phase : int32_t { kRoute = 0, kDispatch = 1, kCombine = 2, kTransfer = 3 };
 
 struct ErrorRecord {
   ErrorCode code = ErrorCode::kNone;

@@ -94,6 +94,52 @@ struct CombineStartParams {
   int32_t* ticket;  // [2] written
 };
 
+// In the place of a slot's source: it stays empty, which is all zeros, or its rows come from another
+// rank.
+enum NoSource : int32_t { kEmpty = -1, kArrives = -2 };
+
+// What a transfer of slots does, as one rank sees it.
+struct TransferTables {
+  const int32_t* source;      // [D] this rank's slot that fills slot d, or a NoSource
+  const int32_t* next;        // [D] the next slot that gets what arrives for slot d, or -1
+  const int32_t* send_begin;  // [R + 1] where send_slots begin, by destination
+  const int32_t* recv_begin;  // [R + 1] where recv_slots begin, by source
+  const int32_t* most;        // [1] slots that go from any rank to any other, at most
+  const int32_t* send_slots;  // [N] slots that leave
+  const int32_t* recv_slots;  // [N] slots that they come to, in the order in which they left
+};
+
+// Packs TransferTables into one int32 buffer.
+struct TransferTablesLayout {
+  int64_t source, next, send_begin, recv_begin, most, send_slots, recv_slots, size;
+
+  TransferTablesLayout(int64_t num_ranks, int64_t num_slots, int64_t max_moved) {
+    int64_t at = 0;
+    source = at, at += num_slots;
+    next = at, at += num_slots;
+    send_begin = at, at += num_ranks + 1;
+    recv_begin = at, at += num_ranks + 1;
+    most = at, at += 1;
+    send_slots = at, at += max_moved;
+    recv_slots = at, at += max_moved;
+    size = at;
+  }
+
+  TransferTables At(const int32_t* base) const {
+    return {base + source, base + next,       base + send_begin, base + recv_begin,
+            base + most,   base + send_slots, base + recv_slots};
+  }
+};
+
+// Fills slots of equal size from this rank's own and from those of others, bit by bit.
+struct TransferParams {
+  const void* source;  // [S, slot_bytes]
+  void* dest;          // [D, slot_bytes] written
+  int64_t slot_bytes;
+  int64_t num_slots;  // D
+  TransferTables tables;
+};
+
 }  // namespace jax_ep
 
 #endif  // JAX_EP_COMMON_OPS_H_

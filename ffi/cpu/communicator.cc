@@ -26,6 +26,13 @@ int64_t InputKind(const DispatchParams& p) {
          int64_t{quant.block} << 8;
 }
 int64_t InputKind(const CombineParams& p) { return p.row_scalars != nullptr; }
+int64_t InputKind(const TransferLap& lap) { return lap.number; }
+
+template <typename Params>
+int64_t InputSize(const Params& p) {
+  return p.num_tokens;
+}
+int64_t InputSize(const TransferLap& lap) { return lap.params.slot_bytes; }
 
 int64_t NumPieces(int64_t n, int64_t per_piece) { return (n + per_piece - 1) / per_piece; }
 
@@ -109,7 +116,7 @@ LaneContent Communicator::Job::content() const {
   const OpParams& params = arrivals[0].params;
   return std::visit(
       [&](const auto& op) {
-        return LaneContent{key, PhaseOf(params), op.num_tokens, InputKind(op)};
+        return LaneContent{key, PhaseOf(params), InputSize(op), InputKind(op)};
       },
       params);
 }
@@ -309,22 +316,34 @@ void Communicator::PublishRank(const Job& job, const Arrival& arrival, std::byte
       put(layout_.scales, dispatch->quant.scales, tokens * dispatch->scale_row_bytes(shape));
     if (dispatch->weights != nullptr)
       put(layout_.weights, dispatch->weights, tokens * shape.topk * 4);
-  } else {
+  } else if (const auto* combine = std::get_if<CombineParams>(&arrival.params)) {
     // Summed before they travel: one row per (token, rank) instead of up to K.
-    const CombineParams& combine = std::get<CombineParams>(arrival.params);
     Pieces pieces(kTokensPerPiece);
-    for (int source = 0; source < shape.num_ranks; ++source)
-      if (spec_.groups[job.key.group][source].process != spec_.process)
-        pieces.Add(source, combine.num_tokens);
+    for (const int source : RemoteRanksOf(job))
+      pieces.Add(source, combine->num_tokens);
     pieces.ForEach([&](int64_t source, int64_t begin, int64_t end) {
       const CombineSource from{
-          static_cast<const std::byte*>(combine.y), combine.row_weights, combine.row_scalars,
-          combine.tables.recv_rows + source * combine.num_tokens * shape.rows_per_token()};
+          static_cast<const std::byte*>(combine->y), combine->row_weights, combine->row_scalars,
+          combine->tables.recv_rows + source * combine->num_tokens * shape.rows_per_token()};
       SumTokens(shape, from, begin, end, at + layout_.partial + source * layout_.partial_stride,
                 reinterpret_cast<float*>(at + layout_.partial_scalars +
                                          source * layout_.partial_scalars_stride));
     });
+  } else {
+    const auto& lap = std::get<TransferLap>(arrival.params);
+    const std::vector<int> remote = RemoteRanksOf(job);
+    ParallelFor(static_cast<int64_t>(remote.size()), [&](int64_t i) {
+      GatherRows(shape, lap, remote[i], at + layout_.partial + remote[i] * layout_.partial_stride);
+    });
   }
+}
+
+std::vector<int> Communicator::RemoteRanksOf(const Job& job) const {
+  const Group& members = spec_.groups[job.key.group];
+  std::vector<int> ranks;
+  for (int rank = 0; rank < static_cast<int>(members.size()); ++rank)
+    if (members[rank].process != spec_.process) ranks.push_back(rank);
+  return ranks;
 }
 
 int Communicator::FindLane(const Job& job, int32_t process) const {
@@ -364,6 +383,8 @@ void Communicator::Compute(const Job& job, const RemoteRanks& remote) {
       return ComputeDispatch(job, remote);
     case Phase::kCombine:
       return ComputeCombine(job, remote);
+    case Phase::kTransfer:
+      return ComputeTransfer(job, remote);
   }
 }
 
@@ -435,6 +456,33 @@ void Communicator::ComputeCombine(const Job& job, const RemoteRanks& remote) {
     const auto& params = std::get<CombineParams>(arrival.params);
     if (params.tables.status[kCode] != 0) PoisonCombine(shape, params);
   }
+}
+
+void Communicator::ComputeTransfer(const Job& job, const RemoteRanks& remote) {
+  const MoEShape& shape = spec_.shape;
+  const auto lap_of = [&](int64_t arrival) -> const TransferLap& {
+    return std::get<TransferLap>(job.arrivals[arrival].params);
+  };
+  std::vector<const TransferParams*> local(shape.num_ranks);
+  const auto num_local = static_cast<int64_t>(job.arrivals.size());
+  for (int64_t i = 0; i < num_local; ++i) local[job.arrivals[i].rank] = &lap_of(i).params;
+  Pieces rows(kTokensPerPiece), slots(1);
+  for (int64_t i = 0; i < num_local; ++i) {
+    for (int src = 0; src < shape.num_ranks; ++src)
+      rows.Add(i * shape.num_ranks + src, NumReceived(shape, lap_of(i), src));
+    if (lap_of(i).number == 0) slots.Add(i, lap_of(i).params.num_slots);
+  }
+  rows.ForEach([&](int64_t pair, int64_t begin, int64_t end) {
+    const int64_t i = pair / shape.num_ranks;
+    const int src = static_cast<int>(pair % shape.num_ranks), me = job.arrivals[i].rank;
+    const std::byte* published = remote[src];
+    const TransferSource from{local[src], published == nullptr
+                                              ? nullptr
+                                              : published + layout_.partial +
+                                                    me * layout_.partial_stride};
+    PlaceRows(shape, lap_of(i), src, from, me, begin, end);
+  });
+  slots.ForEach([&](int64_t i, int64_t slot, int64_t) { FillSlot(lap_of(i).params, slot); });
 }
 
 }  // namespace jax_ep::cpu

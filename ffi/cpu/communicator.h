@@ -22,7 +22,8 @@
 
 namespace jax_ep::cpu {
 
-using OpParams = std::variant<RouteParams, DispatchParams, CombineParams>;
+// In the order of Phase.
+using OpParams = std::variant<RouteParams, DispatchParams, CombineParams, TransferLap>;
 using DoneCallback = std::function<void(const ErrorRecord&)>;
 
 // Brings the ranks of a group together for one op at a time. Nothing blocks the caller: when the
@@ -76,6 +77,7 @@ class Communicator {
 
   void Run(Job& job);
   ErrorRecord RunAcrossProcesses(const Job& job, const std::vector<int32_t>& remote);
+  std::vector<int> RemoteRanksOf(const Job& job) const;
   int AcquireLane();
   ErrorRecord Publish(const Job& job, const std::vector<int32_t>& readers);
   void PublishRank(const Job& job, const Arrival& arrival, std::byte* at);
@@ -86,6 +88,7 @@ class Communicator {
   void ComputeRoute(const Job& job, const RemoteRanks& remote);
   void ComputeDispatch(const Job& job, const RemoteRanks& remote);
   void ComputeCombine(const Job& job, const RemoteRanks& remote);
+  void ComputeTransfer(const Job& job, const RemoteRanks& remote);
 
   void Record(const ErrorRecord& error);
   void Finish(Job& job, const ErrorRecord& error);

@@ -104,7 +104,8 @@ class LaneHeader {
 struct LaneLayout {
   // From the start of the segment:
   int64_t headers, lanes, segment_bytes;
-  // From the start of a lane, for one local rank:
+  // From the start of a lane, for one local rank. A transfer has its windows where combine has its
+  // partial sums:
   int64_t topk_ids, x, scales, weights, partial, partial_scalars;
   int64_t rank_bytes, lane_bytes;
   // Strides of the regions that have one part per source rank.

@@ -46,6 +46,29 @@ void CombineTokens(const MoEShape& shape, const std::vector<CombineSource>& from
                    const CombineParams& params, int64_t begin, int64_t end);
 void PoisonCombine(const MoEShape& shape, const CombineParams& params);
 
+// A part of a transfer: of the rows that any rank sends to any other, those that fit into a window
+// of max_tokens_per_rank rows.
+struct TransferLap {
+  TransferParams params;
+  int64_t number;
+};
+// What a sending rank lets the others read: its slots, or from another process a window.
+struct TransferSource {
+  const TransferParams* params;
+  const std::byte* window;  // [Tmax, row_bytes], or null
+};
+// The same on all ranks.
+int64_t NumLaps(const MoEShape& shape, const TransferParams& params);
+// Rows of the lap that come from rank `src`.
+int64_t NumReceived(const MoEShape& shape, const TransferLap& lap, int src);
+// Puts the lap's rows for rank `dst` into a window.
+void GatherRows(const MoEShape& shape, const TransferLap& lap, int dst, std::byte* window);
+// Puts rows [begin, end) of the lap that come from rank `src` into the slots of rank `me`.
+void PlaceRows(const MoEShape& shape, const TransferLap& lap, int src, const TransferSource& from,
+               int me, int64_t begin, int64_t end);
+// Fills a slot that nothing arrives for.
+void FillSlot(const TransferParams& params, int64_t slot);
+
 }  // namespace jax_ep::cpu
 
 #endif  // JAX_EP_CPU_OPS_H_

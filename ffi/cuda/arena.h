@@ -40,15 +40,18 @@ struct ArenaHeader {
 // between them.
 enum class Half : int32_t { kBoth, kSend, kReceive };
 
-// Every exchange has the next epoch. Flags hold the epoch of what they announce and are never
-// reset. Windows alternate between two halves: a rank enters epoch n + 2 only after every peer
+// Every exchange has the next epoch, a transfer one for each time that it fills the windows. Flags
+// hold the epoch of what they announce and are never reset. Windows alternate between two halves: a rank enters epoch n + 2 only after every peer
 // entered n + 1, and so has read everything of epoch n. All offsets in bytes.
 struct ArenaLayout {
   int64_t header;
   int64_t ready;        // [R] flags: the peer entered this epoch
+  int64_t done;         // [R] flags: the peer has read all that was sent up to this epoch
   int64_t ids_flags;    // [R, route parts] flags: topk_ids of these tokens are here
   int64_t chunk_flags;  // [R, chunks] flags: what these tokens send is here
   int64_t token_flags;  // [R, Tmax] flags: what this token sends is here; low-latency mode
+  int64_t lap_flags;    // [2, R, chunks] flags: these rows of a transfer are here
+  int64_t lap_room;     // [2, R, chunks] flags: the peer has read the rows that this GPU sent there
   int64_t pings;        // [2] flags of the benchmark
   int64_t histograms;   // [R * route parts, histogram_size] this GPU's scratch
   int64_t ids;          // [2, R, Tmax, K] int32; in the low-latency mode with the epoch, 64 bits
@@ -83,9 +86,12 @@ struct ArenaLayout {
     };
     header = take(sizeof(ArenaHeader));
     ready = take(ranks * 4);
+    done = take(ranks * 4);
     ids_flags = take(ranks * max_route_parts * 4);
     chunk_flags = take(ranks * max_chunks * 4);
     token_flags = take(shape.low_latency ? ranks * tokens * 4 : 0);
+    lap_flags = take(2 * ranks * max_chunks * 4);
+    lap_room = take(2 * ranks * max_chunks * 4);
     pings = take(2 * 4);
     histograms = take(ranks * max_route_parts * histogram_size * 4);
     ids = take(2 * ranks * rank_ids_bytes);
@@ -118,6 +124,9 @@ struct Arena {
   __device__ uint32_t* Ready(int owner, int source) const {
     return Flags(owner, layout.ready) + source;
   }
+  __device__ uint32_t* Done(int owner, int source) const {
+    return Flags(owner, layout.done) + source;
+  }
   __device__ uint32_t* IdsFlag(int owner, int source, int part) const {
     return Flags(owner, layout.ids_flags) + source * layout.max_route_parts + part;
   }
@@ -126,6 +135,12 @@ struct Arena {
   }
   __device__ uint32_t* TokenFlag(int owner, int source, int64_t token) const {
     return Flags(owner, layout.token_flags) + int64_t{source} * layout.max_tokens + token;
+  }
+  __device__ uint32_t* LapFlag(uint32_t epoch, int owner, int source, int64_t chunk) const {
+    return Flags(owner, layout.lap_flags) + LapChunk(epoch, source, chunk);
+  }
+  __device__ uint32_t* LapRoom(uint32_t epoch, int owner, int source, int64_t chunk) const {
+    return Flags(owner, layout.lap_room) + LapChunk(epoch, source, chunk);
   }
   __device__ uint32_t* Ping(uint32_t epoch, int owner) const {
     return Flags(owner, layout.pings) + (epoch & 1);
@@ -158,6 +173,9 @@ struct Arena {
   }
 
  private:
+  __device__ int64_t LapChunk(uint32_t epoch, int source, int64_t chunk) const {
+    return ((epoch & 1) * layout.num_ranks + source) * layout.max_chunks + chunk;
+  }
   __device__ uint32_t* Flags(int owner, int64_t offset) const {
     return reinterpret_cast<uint32_t*>(bases[owner] + offset);
   }

@@ -15,6 +15,7 @@ Senders DispatchSenders(int num_ranks, bool quantises) {
   return {num_ranks == 2 ? 24 : 12, 0.35};
 }
 Senders CombineSenders(int num_ranks) { return {num_ranks == 2 ? 28 : 56, 0.63}; }
+constexpr Senders kTransferSenders{32, 0.35};
 
 // The CUDA device of a scope; handlers run on threads whose device XLA has chosen.
 class ScopedDevice {
@@ -88,7 +89,7 @@ std::string Communicator::PrepareDevice(int32_t ordinal, Device& device) {
            "): compute capability 9.0 or newer is needed, got " + std::to_string(properties.major) +
            "." + std::to_string(properties.minor);
   for (const auto load : {LoadExchange, LoadPlacement, LoadDispatch, LoadCombine,
-                          LoadLatencyDispatch, LoadLatencyCombine, LoadCeilings})
+                          LoadLatencyDispatch, LoadLatencyCombine, LoadTransfer, LoadCeilings})
     if (error = load(spec_.shape); error != cudaSuccess)
       return Failed("loading kernels on GPU " + std::to_string(ordinal) + " for " +
                         std::to_string(spec_.shape.num_experts) + " experts",
@@ -301,6 +302,15 @@ std::string Communicator::Combine(const Device& device, const Arena& arena,
   const Blocks blocks =
       BlocksOf(device, spec_.combine_blocks, CombineSenders(spec_.shape.num_ranks));
   return Failed("combine", LaunchCombine(spec_.shape, arena, params, blocks, stream));
+}
+
+std::string Communicator::Transfer(int32_t ordinal, const TransferParams& params,
+                                   cudaStream_t stream) {
+  ScopedDevice scope(ordinal);
+  const Device& device = devices_.at(ordinal);
+  const Blocks blocks = BlocksOf(device, spec_.dispatch_blocks, kTransferSenders);
+  return Failed("transfer",
+                LaunchTransfer(ArenaOf(device), params, blocks, stream));
 }
 
 std::string Communicator::Stores(int32_t ordinal, const StoresParams& params, cudaStream_t stream) {

@@ -47,6 +47,7 @@ class Communicator {
   std::string DispatchStart(int32_t ordinal, const DispatchStartParams& params,
                             cudaStream_t stream);
   std::string CombineStart(int32_t ordinal, const CombineStartParams& params, cudaStream_t stream);
+  std::string Transfer(int32_t ordinal, const TransferParams& params, cudaStream_t stream);
   // Ceilings, for the benchmark; with two ranks or more.
   std::string Stores(int32_t ordinal, const StoresParams& params, cudaStream_t stream);
   std::string Flags(int32_t ordinal, const FlagsParams& params, cudaStream_t stream);

@@ -38,6 +38,10 @@ cudaError_t LaunchLatencyDispatch(const MoEShape& shape, const Arena& arena,
 cudaError_t LaunchLatencyCombine(const MoEShape& shape, const Arena& arena,
                                  const CombineParams& params, int sms, cudaStream_t stream);
 
+// A kernel, which fills the windows as often as it takes.
+cudaError_t LaunchTransfer(const Arena& arena, const TransferParams& params, Blocks blocks,
+                           cudaStream_t stream);
+
 // The ceilings that the benchmark measures. `done` is written so that XLA has a result.
 struct StoresParams {
   int64_t num_tokens, repeats;  // rows of x that go to each peer, and how often
@@ -60,6 +64,7 @@ cudaError_t LoadDispatch(const MoEShape& shape);
 cudaError_t LoadCombine(const MoEShape& shape);
 cudaError_t LoadLatencyDispatch(const MoEShape& shape);
 cudaError_t LoadLatencyCombine(const MoEShape& shape);
+cudaError_t LoadTransfer(const MoEShape& shape);
 cudaError_t LoadCeilings(const MoEShape& shape);
 
 }  // namespace jax_ep::cuda

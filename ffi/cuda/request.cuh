@@ -60,23 +60,38 @@ struct Request {
   }
 };
 
+// Waits for all peers, each of which sets one of `flags`; a block.
+__device__ inline void AwaitPeers(const Arena& arena, const uint32_t* flags, uint32_t epoch,
+                                  Phase phase) {
+  for (int peer = threadIdx.x; peer < arena.layout.num_ranks; peer += blockDim.x)
+    Wait(arena, flags + peer, epoch, peer, phase);
+  __syncthreads();
+}
+
 // Ends a kernel that ends an exchange, or the sending half of one; to be called by all threads of
 // all blocks. The last block to come waits until every peer has entered, without which the next
-// epoch could overrun a slow one, and moves the epoch on.
+// epoch could overrun a slow one, and moves the epoch on: to `last`, if the exchange went on to use
+// the windows of later epochs, and once every peer has read what is there.
 __device__ inline void LeaveEpoch(const Arena& arena, const Request& request, uint32_t epoch,
-                                  Phase phase) {
+                                  Phase phase, uint32_t last) {
   ArenaHeader* header = arena.Header();
   if (!IsLastBlock(&header->blocks_done)) return;
-  for (int peer = threadIdx.x; arena.receives() && peer < arena.layout.num_ranks;
-       peer += blockDim.x)
-    Wait(arena, arena.Ready(arena.rank, peer), epoch, peer, phase);
-  __syncthreads();
+  if (arena.receives()) AwaitPeers(arena, arena.Ready(arena.rank, 0), epoch, phase);
+  if (last != epoch) {
+    for (int peer = threadIdx.x; peer < arena.layout.num_ranks; peer += blockDim.x)
+      ptx::st_release_sys(arena.Done(peer, arena.rank), last);
+    AwaitPeers(arena, arena.Done(arena.rank, 0), last, phase);
+  }
   if (threadIdx.x != 0) return;
   if (arena.receives()) {
     header->send_tasks = header->receive_tasks = 0;
-    header->epoch = epoch;
+    header->epoch = last;
   }
   request.Leave(arena);
+}
+__device__ inline void LeaveEpoch(const Arena& arena, const Request& request, uint32_t epoch,
+                                  Phase phase) {
+  LeaveEpoch(arena, request, epoch, phase, epoch);
 }
 
 }  // namespace jax_ep::cuda

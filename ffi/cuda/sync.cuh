@@ -9,10 +9,14 @@
 
 namespace jax_ep::cuda {
 
-// Epochs wrap around; what is compared is at most a few apart.
-__device__ __forceinline__ bool Reached(uint32_t flag, uint32_t epoch) {
-  return static_cast<int32_t>(flag - epoch) >= 0;
+// Whether a flag has reached an epoch. Epochs wrap around, and a flag may not have been written for
+// billions of them: it counts only if it is ahead by no more than a peer can be.
+__device__ __forceinline__ constexpr bool Reached(uint32_t flag, uint32_t epoch) {
+  constexpr uint32_t kMostAhead = 2;
+  return flag - epoch <= kMostAhead;
 }
+static_assert(Reached(1, UINT32_MAX) && !Reached(UINT32_MAX, 1), "");
+static_assert(!Reached(7, 7u + (1u << 31)) && !Reached(7, 7u + (3u << 30)), "");
 
 // Tells the host. The first report stays until the host has taken it; `code` is written last, so
 // that a host that sees it sees the rest.

@@ -287,4 +287,22 @@ ffi::ErrorOr<CombineStartParams> ParseCombineStart(const MoEShape& shape, int64_
   return checks.Result(CombineStartParams{combine, ticket->typed_data()});
 }
 
+ffi::ErrorOr<TransferParams> ParseTransfer(const MoEShape& shape, ffi::AnyBuffer source,
+                                           Ints tables, AnyOut dest) {
+  Checks checks;
+  checks.Type("dest", dest->element_type(), source.element_type());
+  checks.True(source.dimensions().size() == 2 && dest->dimensions().size() == 2 &&
+                  source.dimensions()[1] == dest->dimensions()[1] && Size(source) > 0 &&
+                  Size(*dest) > 0,
+              "source, dest: expected [S, W] and [D, W], and neither empty");
+  const int64_t num_slots = Rows(*dest),
+                rest = Size(tables) - TransferTablesLayout(shape.num_ranks, num_slots, 0).size;
+  checks.True(rest >= 0 && rest % 2 == 0, "tables: not of this number of slots");
+  if (auto error = checks.Result(0); error.has_error()) return ffi::Unexpected(error.error());
+  const TransferTablesLayout layout(shape.num_ranks, num_slots, rest / 2);
+  return TransferParams{source.untyped_data(), dest->untyped_data(),
+                        static_cast<int64_t>(dest->size_bytes()) / num_slots, num_slots,
+                        layout.At(tables.typed_data())};
+}
+
 }  // namespace jax_ep::xla_ffi

@@ -97,6 +97,14 @@ auto BindCombineStart(Binding begin) {
       .template Arg<Ints>()            // tables
       .template Ret<Ints>();           // ticket
 }
+template <typename Binding>
+auto BindTransfer(Binding begin) {
+  return std::move(begin)
+      .template Attr<int64_t>("comm")
+      .template Arg<ffi::AnyBuffer>()   // source
+      .template Arg<Ints>()             // tables
+      .template Ret<ffi::AnyBuffer>();  // dest
+}
 
 ffi::ErrorOr<FreshDispatchParams> ParseDispatch(const MoEShape& shape, int64_t fill, Ints topk_ids,
                                                 ffi::AnyBuffer x, Floats weights,
@@ -122,6 +130,8 @@ ffi::ErrorOr<DispatchStartParams> ParseDispatchStart(const MoEShape& shape, int6
 ffi::ErrorOr<CombineStartParams> ParseCombineStart(const MoEShape& shape, int64_t num_tokens,
                                                    ffi::AnyBuffer y, Floats row_weights,
                                                    Ints tables, IntsOut ticket);
+ffi::ErrorOr<TransferParams> ParseTransfer(const MoEShape& shape, ffi::AnyBuffer source,
+                                           Ints tables, AnyOut dest);
 
 inline ffi::Error Destroyed() {
   return ffi::Error(ffi::ErrorCode::kFailedPrecondition,

@@ -71,24 +71,32 @@ ffi::Future Failed(ffi::Error error) {
 
 // The steps of an op, one after the other.
 using Steps = std::deque<cpu::OpParams>;
-Steps StepsOf(const FreshDispatchParams& params) { return {params.route, params.dispatch}; }
-Steps StepsOf(const DispatchParams& params) { return {params}; }
-Steps StepsOf(const CombineParams& params) { return {params}; }
+Steps StepsOf(const MoEShape&, const FreshDispatchParams& params) {
+  return {params.route, params.dispatch};
+}
+Steps StepsOf(const MoEShape&, const DispatchParams& params) { return {params}; }
+Steps StepsOf(const MoEShape&, const CombineParams& params) { return {params}; }
+Steps StepsOf(const MoEShape& shape, const TransferParams& params) {
+  Steps steps;
+  const int64_t laps = cpu::NumLaps(shape, params);
+  for (int64_t lap = 0; lap < laps; ++lap) steps.push_back(cpu::TransferLap{params, lap});
+  return steps;
+}
 
 // Submits the first step, and the others once that is done. They share a key: by then no rank waits
-// for the step before, and processes tell steps apart by their phase.
-void SubmitSteps(int64_t comm, int32_t ordinal, const cpu::OpKey& key, Steps steps,
+// for the step before, and processes tell steps apart by what a lane says of its content.
+void SubmitSteps(int64_t comm, int32_t ordinal, const cpu::OpKey& key, std::shared_ptr<Steps> steps,
                  std::shared_ptr<ffi::Promise> promise) {
   const auto communicator = Communicators::Get().Find(comm);
   if (communicator == nullptr) return promise->SetError(Destroyed());
   const double timeout_s = communicator->spec().timeout_s;
-  const cpu::OpParams step = steps.front();
-  steps.pop_front();
+  const cpu::OpParams step = steps->front();
+  steps->pop_front();
   communicator->Submit(ordinal, key, step, [=](const ErrorRecord& error) {
     if (error.code == ErrorCode::kTimeout)
       promise->SetError(ffi::Error(ffi::ErrorCode::kDeadlineExceeded,
                                    "jax_ep: " + DescribeTimeout(error, timeout_s)));
-    else if (!steps.empty())
+    else if (!steps->empty())
       SubmitSteps(comm, ordinal, key, steps, promise);
     else
       promise->SetAvailable();
@@ -101,11 +109,13 @@ ffi::Future Submit(ffi::ErrorOr<Params> (*parse)(const MoEShape&, Buffers...), i
   const auto communicator = Communicators::Get().Find(comm);
   if (communicator == nullptr) return Failed(Destroyed());
   if (FindPlace(communicator->spec(), ordinal).rank < 0) return Failed(NotAMember(ordinal));
-  ffi::ErrorOr<Params> params = parse(communicator->spec().shape, buffers...);
+  const MoEShape& shape = communicator->spec().shape;
+  ffi::ErrorOr<Params> params = parse(shape, buffers...);
   if (params.has_error()) return Failed(params.error());
   const auto promise = std::make_shared<ffi::Promise>();
   ffi::Future future(*promise);
-  SubmitSteps(comm, ordinal, site->NextKey(run.run_id, ordinal), StepsOf(params.value()), promise);
+  SubmitSteps(comm, ordinal, site->NextKey(run.run_id, ordinal),
+              std::make_shared<Steps>(StepsOf(shape, params.value())), promise);
   return future;
 }
 
@@ -136,6 +146,12 @@ ffi::Future Combine(int32_t ordinal, ffi::RunId run, CallSite* site, int64_t com
                 out, token_scalars);
 }
 XLA_FFI_DEFINE_HANDLER(kCombine, Combine, BindCombine(BindCall()));
+
+ffi::Future Transfer(int32_t ordinal, ffi::RunId run, CallSite* site, int64_t comm,
+                     ffi::AnyBuffer source, Ints tables, AnyOut dest) {
+  return Submit(ParseTransfer, ordinal, run, site, comm, source, tables, dest);
+}
+XLA_FFI_DEFINE_HANDLER(kTransfer, Transfer, BindTransfer(BindCall()));
 
 // A sending half, which here sends nothing: the receiving half does all of the op. So it only
 // checks what it is given.
@@ -213,6 +229,7 @@ nb::dict Registrations() {
   add("jax_ep_dispatch", +kDispatch);
   add("jax_ep_dispatch_cached", +kDispatchCached);
   add("jax_ep_combine", +kCombine);
+  add("jax_ep_transfer", +kTransfer);
   // These wait for nobody.
   targets["jax_ep_dispatch_start"] = Capsule(+kDispatchStart);
   targets["jax_ep_combine_start"] = Capsule(+kCombineStart);

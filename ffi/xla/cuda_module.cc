@@ -82,6 +82,12 @@ ffi::Error CombineStart(int32_t ordinal, cudaStream_t stream, int64_t comm, int6
                 ordinal, stream, comm, num_tokens, y, row_weights, tables, ticket);
 }
 
+ffi::Error Transfer(int32_t ordinal, cudaStream_t stream, int64_t comm, ffi::AnyBuffer source,
+                    Ints tables, AnyOut dest) {
+  return Launch("jax_ep_transfer", ParseTransfer, &cuda::Communicator::Transfer, ordinal, stream,
+                comm, source, tables, dest);
+}
+
 ffi::Error TooFewRanks() {
   return ffi::Error::InvalidArgument("jax_ep: a ceiling of the link needs 2 ranks or more");
 }
@@ -123,6 +129,8 @@ XLA_FFI_DEFINE_HANDLER(kCombine, Combine, BindCombine(BindCall()),
 XLA_FFI_DEFINE_HANDLER(kDispatchStart, DispatchStart, BindDispatchStart(BindCall()),
                        {ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER(kCombineStart, CombineStart, BindCombineStart(BindCall()),
+                       {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(kTransfer, Transfer, BindTransfer(BindCall()),
                        {ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER(kCeilingStores, CeilingStores,
                        BindCall()
@@ -183,6 +191,7 @@ nb::dict Registrations() {
   targets["jax_ep_combine"] = Capsule(+kCombine);
   targets["jax_ep_dispatch_start"] = Capsule(+kDispatchStart);
   targets["jax_ep_combine_start"] = Capsule(+kCombineStart);
+  targets["jax_ep_transfer"] = Capsule(+kTransfer);
   targets["jax_ep_ceiling_stores"] = Capsule(+kCeilingStores);
   targets["jax_ep_ceiling_flags"] = Capsule(+kCeilingFlags);
   return targets;

@@ -16,7 +16,7 @@ from jax_ep.bench.results import Row, Times, first_line
 from jax_ep.bench.timing import AXIS, agreed_maximum
 from jax_ep.bench.verify import WrongResult
 from jax_ep.eplb import EplbCommunicator, transfer_experts
-from jax_ep.eplb._transfer import plan_transfer
+from jax_ep.eplb._plan import plan_transfer
 
 _REPEATS = 5
 _GIGABYTES = {"gpu": 8.0}
@@ -45,7 +45,7 @@ def measure_transfer(mesh: Mesh, hidden_size: int, gigabytes: float) -> Iterator
     with EplbCommunicator(mesh, axis_name=AXIS) as best:
         name = f'transfer_experts, "{best.transport}"'
         yield _row(name, lambda params: transfer_experts(params, experts.old, experts.new, best), experts, want)
-        yield _row("its rounds alone", _rounds_alone(experts, best), experts, None)
+        yield _row("its programs alone", _without_planning(experts, best), experts, want)
     with EplbCommunicator(mesh, axis_name=AXIS, transport="xla") as stock:
         name = 'transfer_experts, "xla"'
         yield _row(name, lambda params: transfer_experts(params, experts.old, experts.new, stock), experts, want)
@@ -91,15 +91,11 @@ def _gather(experts: _Experts) -> Callable:
     return jax.jit(take, out_shardings=shardings)
 
 
-def _rounds_alone(experts: _Experts, communicator: EplbCommunicator) -> Callable:
-    """Without planning, and without what does not move."""
+def _without_planning(experts: _Experts, communicator: EplbCommunicator) -> Callable:
     plan = plan_transfer(experts.old[None], experts.new[None], communicator.num_ranks)
-    dest = jax.tree.map(jnp.zeros_like, experts.params)
 
     def run(params):
-        for name, array in params.items():
-            dest[name], _ = communicator._mover.move(array, dest[name], plan.moves, 1)
-        return dest
+        return {name: communicator._mover.fill(array, plan, 1)[0] for name, array in params.items()}
 
     return run
 

@@ -2,10 +2,10 @@
 
 from jax_ep._placement import ExpertPlacement, Placement, to_physical
 from jax_ep.eplb._communicator import EplbCommunicator, create_eplb_communicator
+from jax_ep.eplb._movers import TransferStatistics
 from jax_ep.eplb._placement_moves import count_moves, replan_experts
 from jax_ep.eplb._planner import gpu_imbalance, rebalance_experts
 from jax_ep.eplb._recorder import LoadRecorder
-from jax_ep.eplb._rounds import TransferStatistics
 from jax_ep.eplb._routing import (
     replicate_experts,
     share_replica_gradients,

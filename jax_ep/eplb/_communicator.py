@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import math
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -16,9 +16,13 @@ from jax_ep import _bootstrap, _ffi
 from jax_ep._bootstrap import Processes
 from jax_ep._checks import expect, expect_int
 from jax_ep.eplb import _rows
-from jax_ep.eplb._rounds import Mover, Moves, TransferStatistics
-from jax_ep.eplb._transports import TRANSPORTS, HostTransport, PeerTransport, Transport, XlaTransport, stepped
+from jax_ep.eplb._movers import Mover, TransferStatistics
+from jax_ep.eplb._peer import PeerMover
+from jax_ep.eplb._plan import Moves, TransferPlan
+from jax_ep.eplb._rounds import RoundsMover
+from jax_ep.eplb._transports import HostTransport, XlaTransport, stepped
 
+_TRANSPORTS = ("peer", "xla", "host")
 _BUDGET_BYTES = {"gpu": 1 << 30}
 _BUDGET_BYTES_ELSEWHERE = 64 << 20
 
@@ -76,7 +80,7 @@ class EplbCommunicator:
         if not isinstance(mesh, jax.sharding.Mesh):
             raise TypeError(f"mesh: expected a jax.sharding.Mesh of devices, got {type(mesh).__name__}")
         expect(axis_name in mesh.axis_names, "axis_name", f"one of {mesh.axis_names}", repr(axis_name))
-        expect(transport is None or transport in TRANSPORTS, "transport", f"one of {TRANSPORTS}", repr(transport))
+        expect(transport is None or transport in _TRANSPORTS, "transport", f"one of {_TRANSPORTS}", repr(transport))
         platform = mesh.devices.flat[0].platform
         if memory_budget_bytes is None:
             memory_budget_bytes = _BUDGET_BYTES.get(platform, _BUDGET_BYTES_ELSEWHERE)
@@ -94,8 +98,7 @@ class EplbCommunicator:
         self._processes.agree("EplbCommunicator", str(options | dict(implementation=implementation)))
         if transport is None:
             transport = self._best_transport(platform, implementation)
-        self._transport = self._connected(transport, row_bytes, memory_budget_bytes, implementation, timeout_s)
-        self._mover = Mover(axis_name, self.num_ranks, self._transport)
+        self._mover = self._connected(transport, row_bytes, memory_budget_bytes, implementation, timeout_s)
         self.statistics: TransferStatistics | None = None
 
     def _best_transport(self, platform: str, implementation: str | None) -> str:
@@ -104,18 +107,17 @@ class EplbCommunicator:
         hosts = set(self._processes.share("EplbCommunicator", mine.encode()).values())
         return "peer" if hosts != {b""} and len(hosts) == 1 else "xla"
 
-    def _connected(self, name: str, row_bytes, budget_bytes, implementation, timeout_s) -> Transport:
+    def _connected(self, name: str, row_bytes, budget_bytes, implementation, timeout_s) -> Mover:
         where = self.mesh, self.axis_name, row_bytes, budget_bytes
         if name == "peer":
-            return PeerTransport(*where, implementation=implementation, timeout_s=timeout_s)
-        if name == "xla":
-            return XlaTransport(*where)
-        return HostTransport(*where, self._processes)
+            return PeerMover(*where, implementation=implementation, timeout_s=timeout_s)
+        transport = XlaTransport(*where) if name == "xla" else HostTransport(*where, self._processes)
+        return RoundsMover(self.axis_name, transport)
 
     @property
     def transport(self) -> str:
         """The name of the transport."""
-        return self._transport.name
+        return self._mover.name
 
     @property
     def local_ranks(self) -> list[int]:
@@ -178,14 +180,14 @@ class EplbCommunicator:
         everyones = [json.loads(text) for text in self._processes.share("execute", mine).values()]
         sent, expected = ([_message(*m) for each in everyones for m in each[side]] for side in (0, 1))
         _check_matched(sent, expected)
-        row_bytes = self._transport.row_bytes
+        row_bytes = self._mover.row_bytes
         rows = np.zeros((self.num_ranks, self.num_ranks), np.int64)
         for message in sent:
             rows[message.src, message.dst] += message.num_rows(row_bytes)
-        moves, num_sent, num_received = _row_moves(rows)
-        source = self._packed(sends, num_sent)
-        dest, num_rounds = self._mover.move(source, self._zeros(num_received), moves, 1)
-        out = self._finished(self._unpacked(dest, recvs))
+        source = self._packed(sends, stepped(max(1, rows.sum(1).max())))
+        with self._moving():
+            dest, num_rounds = self._mover.fill(source, _row_plan(rows), 1)
+            out = jax.block_until_ready(self._unpacked(dest, recvs))
         self.statistics = TransferStatistics(num_rounds, rows * row_bytes)
         return out
 
@@ -200,14 +202,10 @@ class EplbCommunicator:
         for rank in self.local_ranks:
             mine = sorted((item for item in sends if item[0].src == rank), key=lambda item: item[0].dst)
             with jax.default_device(self._devices[rank]):
-                packed = _rows.pack([array for _, array in mine], num_rows, self._transport.row_bytes)
+                packed = _rows.pack([array for _, array in mine], num_rows, self._mover.row_bytes)
             shards.append(jax.device_put(packed, self._devices[rank]))
-        shape = self.num_ranks * num_rows, self._transport.row_bytes // 2
+        shape = self.num_ranks * num_rows, self._mover.row_bytes // 2
         return jax.make_array_from_single_device_arrays(shape, self._sharding(), shards)
-
-    def _zeros(self, num_rows: int) -> jax.Array:
-        shape = self.num_ranks * num_rows, self._transport.row_bytes // 2
-        return jax.jit(lambda: jnp.zeros(shape, jnp.uint16), out_shardings=self._sharding())()
 
     def _unpacked(self, dest: jax.Array, recvs: list[_Message]) -> list[jax.Array]:
         """The arrays, from each rank's rows, those of rank 0 first."""
@@ -216,24 +214,24 @@ class EplbCommunicator:
         for rank in self.local_ranks:
             mine = sorted((i for i, message in enumerate(recvs) if message.dst == rank), key=lambda i: recvs[i].src)
             like = tuple((recvs[i].shape, recvs[i].dtype) for i in mine)
-            arrays = _rows.unpack(shards[self._devices[rank]], like, self._transport.row_bytes)
+            arrays = _rows.unpack(shards[self._devices[rank]], like, self._mover.row_bytes)
             for i, array in zip(mine, arrays, strict=True):
                 out[i] = array
         return out
 
-    def _finished(self, out):
-        """`out` once it is there, or what went wrong on the way."""
+    @contextlib.contextmanager
+    def _moving(self):
+        """Raises what went wrong while something moved; what is waited for inside has arrived."""
         try:
-            jax.block_until_ready(out)
+            yield
         except jax.errors.JaxRuntimeError:
-            self._transport.check()  # which knows better
+            self._mover.check()  # which knows better
             raise
-        self._transport.check()
-        return out
+        self._mover.check()
 
     def destroy(self) -> None:
         """Frees memory and connections; on all processes, in the same order."""
-        self._transport.close()
+        self._mover.close()
 
     def __enter__(self) -> EplbCommunicator:
         return self
@@ -291,9 +289,9 @@ def _message(src: int, dst: int, shape: list[int], dtype: str) -> _Message:
     return _Message(src, dst, tuple(shape), dtype)
 
 
-def _row_moves(rows: np.ndarray) -> tuple[Moves, int, int]:
-    """Each rank's rows, sorted by destination, to where they are sorted by source; and how many a rank has at most,
-    rounded up."""
+def _row_plan(rows: np.ndarray) -> TransferPlan:
+    """Each rank's rows, sorted by destination, to where they are sorted by source. There is room for a few more, so
+    that they do not ask for another program."""
     src, dst = (index.reshape(-1) for index in np.indices(rows.shape))
     counts = rows.reshape(-1)
     i = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -304,7 +302,10 @@ def _row_moves(rows: np.ndarray) -> tuple[Moves, int, int]:
         np.repeat(dst, counts),
         np.repeat(recv_begin.reshape(-1), counts) + i,
     )
-    return moves, stepped(max(1, rows.sum(1).max())), stepped(max(1, rows.sum(0).max()))
+    local_source = np.full((len(rows), stepped(max(1, rows.sum(0).max()))), -1, np.int32)
+    stays = moves.src_rank == moves.dst_rank
+    local_source[moves.dst_rank[stays], moves.dst_slot[stays]] = moves.src_slot[stays]
+    return TransferPlan(local_source, Moves(*(column[~stays] for column in moves)), None)
 
 
 _MOST_LISTED = 4

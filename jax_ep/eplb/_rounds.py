@@ -6,88 +6,20 @@ program is compiled once for a shape, whatever moves.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jax_ep._words import as_words, from_words
 from jax_ep.eplb import _rows
-from jax_ep.eplb._transports import Transport, power_of_two
-
-# In tables of which slots move: fewer are padded, so that a few more do not ask for another program.
-_LEAST_SLOTS = 256
-
-
-def named_sharding(array: jax.Array) -> Any:
-    """Of an array that has one: mesh and spec."""
-    return array.sharding
-
-
-class Moves(NamedTuple):
-    """Slots to move, numbered on their ranks; the same on all processes. All int `[N]`."""
-
-    src_rank: np.ndarray
-    src_slot: np.ndarray
-    dst_rank: np.ndarray
-    dst_slot: np.ndarray
-
-    def counts(self, num_ranks: int) -> np.ndarray:
-        """`[R, R]`: slots by source and destination."""
-        pairs = self.src_rank * num_ranks + self.dst_rank
-        return np.bincount(pairs, minlength=num_ranks**2).reshape(num_ranks, num_ranks)
-
-
-@dataclasses.dataclass
-class TransferStatistics:
-    """What a transfer did.
-
-    Attributes:
-      num_rounds: exchanges between the ranks.
-      bytes_moved: int64 `[R, R]`, the payload by source and destination rank, along each line of the mesh's axis; what
-        stays on its rank is on the diagonal.
-    """
-
-    num_rounds: int
-    bytes_moved: np.ndarray
-
-    @property
-    def bytes_over_links(self) -> int:
-        """The payload that left its rank, of all ranks."""
-        return int(self.bytes_moved.sum() - np.trace(self.bytes_moved))
-
-
-class _Tables(NamedTuple):
-    """Which slots each rank sends, in order of their destination, and receives, in order of their source."""
-
-    send_slots: np.ndarray  # [R, N]
-    send_begin: np.ndarray  # [R, R], where those for a destination begin
-    recv_slots: np.ndarray
-    recv_begin: np.ndarray
-
-    @staticmethod
-    def of(moves: Moves, num_ranks: int) -> _Tables:
-        counts = moves.counts(num_ranks)
-        size = power_of_two(max(_LEAST_SLOTS, counts.sum(0).max(), counts.sum(1).max()))
-        send = _by_rank(moves.src_rank, moves.dst_rank, moves.src_slot, num_ranks, size)
-        recv = _by_rank(moves.dst_rank, moves.src_rank, moves.dst_slot, num_ranks, size)
-        return _Tables(send, _exclusive_sum(counts), recv, _exclusive_sum(counts.T))
-
-
-def _by_rank(rank, peer, slot, num_ranks: int, size: int) -> np.ndarray:
-    table = np.zeros((num_ranks, size), np.int32)
-    order = np.lexsort((np.arange(len(rank)), peer, rank))
-    rank, slot = rank[order], slot[order]
-    table[rank, np.arange(len(rank)) - np.searchsorted(rank, rank)] = slot
-    return table
-
-
-def _exclusive_sum(counts: np.ndarray) -> np.ndarray:
-    return (np.cumsum(counts, axis=1) - counts).astype(np.int32)
+from jax_ep.eplb._movers import Mover, filled_shape, named_sharding
+from jax_ep.eplb._plan import Moves, MoveTables, TransferPlan
+from jax_ep.eplb._transports import Transport
 
 
 def rounds_of(rows: np.ndarray, num_rounds: int):
@@ -97,33 +29,51 @@ def rounds_of(rows: np.ndarray, num_rounds: int):
         yield first.astype(np.int32), (end - first).astype(np.int32)
 
 
-class Mover:
-    """Moves slots over one mesh axis by one transport, and keeps the compiled programs."""
+class RoundsMover(Mover):
+    """Takes what stays, moves slots over one mesh axis by a transport, and copies those that are wanted twice."""
 
-    def __init__(self, axis_name: str, num_ranks: int, transport: Transport):
-        self._axis_name, self._num_ranks, self._transport = axis_name, num_ranks, transport
-        self._program = functools.lru_cache(maxsize=None)(self._build)
+    def __init__(self, axis_name: str, transport: Transport):
+        self.name, self.row_bytes = transport.name, transport.row_bytes
+        self._axis_name, self._transport = axis_name, transport
+        self._taken = functools.lru_cache(maxsize=None)(self._build_taken)
+        self._round = functools.lru_cache(maxsize=None)(self._build_round)
 
-    def move(self, source: jax.Array, dest: jax.Array, moves: Moves, num_slot_dims: int) -> tuple[jax.Array, int]:
-        """`dest`, which is donated, with slots of `source`; and the number of rounds.
+    def fill(self, source: jax.Array, plan: TransferPlan, num_slot_dims: int) -> tuple[jax.Array, int]:
+        sharding = named_sharding(source)
+        words = not _rows.is_scattered_bitwise(source.dtype, sharding.mesh.devices.flat[0].platform)
+        # Numpy arrays are the same on all processes, which is what jit takes for replicated.
+        dest = self._taken(sharding, num_slot_dims, words)(source, plan.local_source)
+        dest, num_rounds = self._move(source, dest, plan.moves, num_slot_dims)
+        if plan.copies is not None:
+            dest = self._taken(sharding, num_slot_dims, False)(dest, plan.copies)
+        return _cast(sharding, source.dtype)(dest) if words else dest, num_rounds
 
-        Both are sharded alike, with dimensions of slots first. Slots of `dest` have the size of those of `source`.
-        """
+    def _move(self, source: jax.Array, dest: jax.Array, moves: Moves, num_slot_dims: int) -> tuple[jax.Array, int]:
+        """`dest`, which is donated, with slots of `source`; and the number of rounds. Slots of both have one size."""
         if not len(moves.src_rank):
             return dest, 0
         transport, sharding = self._transport, named_sharding(dest)
-        local = source.sharding.shard_shape(source.shape)
-        size = int(np.prod(local[num_slot_dims:]))
-        per_slot = _rows.rows_per_slot(size, source.dtype, transport.row_bytes)
-        rows = moves.counts(self._num_ranks) * per_slot
+        per_slot = _rows.rows_per_slot(_rows.slot_size(source, num_slot_dims), source.dtype, self.row_bytes)
+        rows = moves.counts(transport.num_ranks) * per_slot
         layout, num_rounds = transport.layout(rows)
-        step = self._program(sharding, layout, per_slot, num_slot_dims)
-        tables = [_replicated(table, sharding.mesh) for table in _Tables.of(moves, self._num_ranks)]
+        step = self._round(sharding, layout, per_slot, num_slot_dims)
+        tables = [_replicated(table, sharding.mesh) for table in MoveTables.of(moves, transport.num_ranks)]
         for first, count in rounds_of(rows, num_rounds):
             dest = step(dest, source, tables, first, count)
         return dest, num_rounds
 
-    def _build(self, sharding: NamedSharding, layout, per_slot: int, num_slot_dims: int) -> Callable:
+    def _build_taken(self, sharding: NamedSharding, num_slot_dims: int, words: bool) -> Callable:
+        """`(array, index [R, D]) -> ` each rank's slots by its row of `index`, zeros for -1."""
+
+        def take(array, index):
+            slots = _rows.slots_view(array, num_slot_dims)
+            out = _rows.take_slots(slots, index[jax.lax.axis_index(self._axis_name)])
+            shape = filled_shape(array.shape, index.shape[1], num_slot_dims)
+            return (as_words(out) if words else out).reshape(shape)
+
+        return _mapped(sharding, take, ("array", "small"), "array")
+
+    def _build_round(self, sharding: NamedSharding, layout, per_slot: int, num_slot_dims: int) -> Callable:
         """`(dest, source, tables, first, count) -> dest`, one round."""
         transport, axis = self._transport, self._axis_name
         row_bytes = transport.row_bytes
@@ -133,10 +83,8 @@ class Mover:
             me = jax.lax.axis_index(axis)
             peer, i, is_used = transport.positions(layout, me, count[me], True)
             slot, row = _slot_and_row(send_slots[me], send_begin[me], first[me], peer, i, per_slot)
-            rows = _rows.gather_rows(
-                _rows.slots_view(source, num_slot_dims), jnp.where(is_used, slot, 0), row, row_bytes
-            )
-            return rows, jnp.where(is_used, peer, -1)
+            slots = _rows.slots_view(source, num_slot_dims)
+            return _rows.gather_rows(slots, jnp.where(is_used, slot, 0), row, row_bytes)
 
         def receive(dest, rows, tables, first, count):
             recv_slots, recv_begin = tables[2:]
@@ -148,20 +96,20 @@ class Mover:
             return _rows.scatter_rows(slots, slot, row, rows, row_bytes).reshape(dest.shape)
 
         def whole(dest, source, tables, first, count):
-            rows, peers = send(source, tables, first, count)
-            return receive(dest, transport.exchange(layout, rows, peers), tables, first, count)
+            rows = send(source, tables, first, count)
+            return receive(dest, transport.exchange(layout, rows, count), tables, first, count)
 
         mapped = functools.partial(_mapped, sharding)
         at_axis = NamedSharding(sharding.mesh, _rows_spec(sharding.spec, axis))
         if not transport.is_staged:
             return mapped(whole, ("array", "array", "small", "small", "small"), "array", donate_argnums=0)
-        gather = mapped(send, ("array", "small", "small", "small"), ("rows", "rows"), rows=at_axis.spec)
+        gather = mapped(send, ("array", "small", "small", "small"), "rows", rows=at_axis.spec)
         scatter = mapped(
             receive, ("array", "rows", "small", "small", "small"), "array", rows=at_axis.spec, donate_argnums=0
         )
 
         def staged(dest, source, tables, first, count):
-            rows, _ = gather(source, tables, first, count)
+            rows = gather(source, tables, first, count)
             return scatter(dest, transport.exchange(layout, rows, count), tables, first, count)
 
         return staged
@@ -187,8 +135,12 @@ def _rows_spec(spec: PartitionSpec, axis: str) -> PartitionSpec:
     return PartitionSpec((axis, *(name for name in names if name != axis)))
 
 
-def _mapped(sharding: NamedSharding, fn: Callable, ins, outs, rows=None, **options) -> Callable:
+def _mapped(sharding: NamedSharding, fn: Callable, ins: tuple[str, ...], out: str, rows=None, **options) -> Callable:
     kinds = dict(array=sharding.spec, rows=rows, small=PartitionSpec())
     specs = tuple(kinds[kind] for kind in ins)
-    out_specs = kinds[outs] if isinstance(outs, str) else tuple(kinds[kind] for kind in outs)
-    return jax.jit(jax.shard_map(fn, mesh=sharding.mesh, in_specs=specs, out_specs=out_specs), **options)
+    return jax.jit(jax.shard_map(fn, mesh=sharding.mesh, in_specs=specs, out_specs=kinds[out]), **options)
+
+
+@functools.lru_cache(maxsize=256)
+def _cast(sharding: NamedSharding, dtype: jnp.dtype):
+    return jax.jit(lambda words: from_words(words, dtype), out_shardings=sharding)

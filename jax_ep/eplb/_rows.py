@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_ep._checks import expect
+from jax_ep._words import WORDS, as_words, from_words
 
-_WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
 # XLA for CPUs converts some types to float32 and back where it scatters them, which changes NaNs.
 _MOVED_BITWISE_ON_GPUS = {"bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"}
 
@@ -51,22 +51,16 @@ def slots_view(array, num_slot_dims: int):
     return array.reshape(math.prod(array.shape[:num_slot_dims]), math.prod(array.shape[num_slot_dims:]))
 
 
+def slot_size(array: jax.Array, num_slot_dims: int) -> int:
+    """Elements of a slot on its device."""
+    return math.prod(array.sharding.shard_shape(array.shape)[num_slot_dims:])
+
+
 def is_scattered_bitwise(dtype, platform: str) -> bool:
     dtype = jnp.dtype(dtype)
     if _is_real_float(dtype) and dtype.itemsize < 4:
         return platform != "cpu" and dtype.name in _MOVED_BITWISE_ON_GPUS
     return True
-
-
-def as_words(array):
-    """Unsigned integers of the same bits; complex numbers, which XLA does not cast, and bool stay what they are."""
-    if array.dtype == jnp.bool_ or jnp.issubdtype(array.dtype, jnp.complexfloating):
-        return array
-    return lax.bitcast_convert_type(array, _WORDS[array.dtype.itemsize])
-
-
-def from_words(words, dtype):
-    return words if words.dtype == dtype else lax.bitcast_convert_type(words, dtype)
 
 
 def take_slots(slots, index):
@@ -137,7 +131,7 @@ def _words_of(rows, length: int, dtype: jnp.dtype):
     per_word = dtype.itemsize // 2
     if per_word > 1:
         rows = rows.reshape(num_rows, row_bytes // dtype.itemsize, per_word)
-    words = lax.bitcast_convert_type(rows, _WORDS[dtype.itemsize])
+    words = lax.bitcast_convert_type(rows, WORDS[dtype.itemsize])
     words = words.reshape(num_rows, row_bytes // dtype.itemsize)[:, :length]
     return words != 0 if dtype == jnp.bool_ else words
 

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import collections
-import functools
 import hashlib
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from numpy.typing import ArrayLike
 
 from jax_ep._checks import expect
-from jax_ep.eplb import _rows
 from jax_ep.eplb._communicator import EplbCommunicator
-from jax_ep.eplb._rounds import Moves, TransferStatistics
+from jax_ep.eplb._movers import TransferStatistics
+from jax_ep.eplb._plan import TransferPlan, plan_transfer
+from jax_ep.eplb._rows import expect_movable, slot_size
 
 
 def transfer_experts(
@@ -99,22 +97,29 @@ def _transferred(leaves, old: np.ndarray, new: np.ndarray, communicator: EplbCom
     shapes = [(tuple(leaf.shape), str(leaf.dtype)) if hasattr(leaf, "shape") else None for _, leaf in leaves]
     placements = hashlib.sha256(old.tobytes() + new.tobytes()).hexdigest()[:16]
     communicator._processes.agree("transfer_experts", f"arrays {shapes}, placements {placements}")
-    result, num_rounds = [], 0
-    bytes_moved = np.zeros((num_ranks, num_ranks), np.int64)
-    for _, leaf in leaves:
-        if np.ndim(leaf) == 0 or leaf.size == 0 or plan.changes_nothing:
-            result.append(leaf)
+    arrays = [leaf for _, leaf in leaves]
+    if plan.changes_nothing:
+        communicator.statistics = TransferStatistics(0, np.zeros((num_ranks, num_ranks), np.int64))
+        return arrays
+    with communicator._moving():
+        return _filled(arrays, plan, communicator, old.ndim, donate)
+
+
+def _filled(arrays: list, plan: TransferPlan, communicator: EplbCommunicator, num_slot_dims: int, donate: bool) -> list:
+    num_rounds, slots_moved = 0, plan.moves.counts(communicator.num_ranks)
+    bytes_moved = np.zeros_like(slots_moved)
+    filled: dict[int, Any] = {}  # by identity: a tree may hold an array twice
+    for array in arrays:
+        if id(array) in filled or np.ndim(array) == 0 or array.size == 0:
+            filled.setdefault(id(array), array)
             continue
-        moved, rounds = _transfer_leaf(leaf, plan, communicator, old.ndim)
+        filled[id(array)], rounds = communicator._mover.fill(array, plan, num_slot_dims)
         num_rounds += rounds
-        local = leaf.sharding.shard_shape(leaf.shape)[old.ndim :]
-        bytes_moved += plan.moves.counts(num_ranks) * int(np.prod(local)) * leaf.dtype.itemsize
-        result.append(moved)
+        bytes_moved += slots_moved * slot_size(array, num_slot_dims) * array.dtype.itemsize
         if donate:
-            leaf.delete()
-    communicator._finished(result)
+            array.delete()
     communicator.statistics = TransferStatistics(num_rounds, bytes_moved)
-    return result
+    return jax.block_until_ready([filled[id(array)] for array in arrays])
 
 
 def _check_leaf(argument: str, leaf, slots: tuple[int, ...], communicator: EplbCommunicator) -> None:
@@ -124,7 +129,7 @@ def _check_leaf(argument: str, leaf, slots: tuple[int, ...], communicator: EplbC
         raise TypeError(f"{argument}: expected a jax.Array, got {type(leaf).__name__}")
     wanted = f"shape [{', '.join(map(str, slots))}, ...]"
     expect(leaf.shape[: len(slots)] == slots, argument, wanted, f"shape {list(leaf.shape)}")
-    _rows.expect_movable(argument, leaf.dtype)
+    expect_movable(argument, leaf.dtype)
     mesh, axis, dim = communicator.mesh, communicator.axis_name, len(slots) - 1
     sharding: Any = leaf.sharding
     fits = isinstance(sharding, NamedSharding) and sharding.mesh.axis_names == mesh.axis_names
@@ -134,134 +139,3 @@ def _check_leaf(argument: str, leaf, slots: tuple[int, ...], communicator: EplbC
         fits = mine == (axis,) or (mine == () and communicator.num_ranks == 1)
         fits = fits and (dim == 0 or not _axes_of(sharding.spec, 0))
     expect(fits, argument, f"dimension {dim} sharded over axis {axis!r} of the communicator's mesh", sharding)
-
-
-class TransferPlan(NamedTuple):
-    """What happens to each rank's slots, those of all layers in one row: S = layers * P / R.
-
-    Attributes:
-      local_source: int32 `[R, S]`, the slot of the same rank that a slot is filled from; -1 for none.
-      moves: from rank to rank.
-      copies: int32 `[R, S]`, in the end: the slot that each is a copy of, itself unless an expert that came has several
-        slots. None where no slot has to be copied.
-    """
-
-    local_source: np.ndarray
-    moves: Moves
-    copies: np.ndarray | None
-
-    @property
-    def changes_nothing(self) -> bool:
-        return bool((self.local_source == np.arange(self.local_source.shape[1])).all())
-
-
-def plan_transfer(old: np.ndarray, new: np.ndarray, num_ranks: int) -> TransferPlan:
-    """For placements `[layers, P]`.
-
-    Raises:
-      ValueError: an expert of `new` is nowhere in `old`.
-    """
-    num_layers, slots = len(old), old.shape[1] // num_ranks
-    before, after = (a.reshape(num_layers, num_ranks, slots) for a in (old, new))
-    same = (after[..., :, None] == before[..., None, :]) & (after[..., :, None] >= 0)
-    own = np.broadcast_to(np.arange(slots), after.shape)
-    source = np.where(after == before, own, same.argmax(axis=-1))
-    source = np.where(same.any(axis=-1), source + slots * np.arange(num_layers)[:, None, None], -1)
-    copies = np.broadcast_to(np.arange(num_layers * slots), (num_ranks, num_layers * slots)).copy()
-    wanted: dict[tuple[int, int, int], int] = {}  # (layer, expert, rank) -> its first slot there
-    for layer, rank, slot in np.argwhere((source < 0) & (after >= 0)).tolist():
-        key, local = (layer, int(after[layer, rank, slot]), rank), layer * slots + slot
-        copies[rank, local] = wanted.setdefault(key, local)
-    local_source = np.moveaxis(source, 1, 0).reshape(num_ranks, -1).astype(np.int32)
-    unchanged = (copies == np.arange(copies.shape[1])).all()
-    return TransferPlan(local_source, _moves(wanted, before), None if unchanged else copies.astype(np.int32))
-
-
-def _moves(wanted: dict[tuple[int, int, int], int], before: np.ndarray) -> Moves:
-    _, num_ranks, slots = before.shape
-    homes: dict[tuple[int, int], dict[int, int]] = {}
-    for layer in {layer for layer, _, _ in wanted}:
-        for rank in range(num_ranks):
-            for slot, expert in enumerate(before[layer, rank].tolist()):
-                homes.setdefault((layer, expert), {}).setdefault(rank, layer * slots + slot)
-    for layer, expert, _ in wanted:
-        there = (layer, expert) in homes
-        expect(there, "new", "experts that are in old", f"expert {expert} in layer {layer}")
-    holders = [homes[layer, expert] for layer, expert, _ in wanted]
-    senders = balanced([list(holder) for holder in holders], num_ranks)
-    columns = (
-        senders,
-        [holder[sender] for holder, sender in zip(holders, senders, strict=True)],
-        [rank for _, _, rank in wanted],
-        list(wanted.values()),
-    )
-    return Moves(*(np.array(column, np.int64) for column in columns))
-
-
-def balanced(choices: list[list[int]], num_ranks: int) -> list[int]:
-    """One of each item's choices, such that the most often chosen rank is chosen as rarely as can be.
-
-    A semi-matching (Harvey, Ladner, Lovász and Tamir, 2006): while a chain of items can each pass one item on, from the
-    most loaded rank to one with at least two fewer, they do.
-    """
-    chosen, load = [0] * len(choices), [0] * num_ranks
-    for i in sorted(range(len(choices)), key=lambda i: len(choices[i])):
-        chosen[i] = min(choices[i], key=lambda rank: load[rank])
-        load[chosen[i]] += 1
-    while chain := _relieving_chain(choices, chosen, load):
-        for i, rank in chain:
-            load[chosen[i]] -= 1
-            load[rank] += 1
-            chosen[i] = rank
-    return chosen
-
-
-def _relieving_chain(choices, chosen, load) -> list[tuple[int, int]]:
-    """Items and the ranks they should change to, from the most loaded rank on; none if nothing relieves it."""
-    items = collections.defaultdict(list)
-    for i, rank in enumerate(chosen):
-        items[rank].append(i)
-    start = max(range(len(load)), key=lambda rank: load[rank])
-    reached: dict[int, tuple[int, int] | None] = {start: None}  # by which item, from which rank
-    todo = collections.deque([start])
-    while todo:
-        rank = todo.popleft()
-        if load[rank] <= load[start] - 2:
-            chain, at = [], rank
-            while (step := reached[at]) is not None:
-                chain.append((step[0], at))
-                at = step[1]
-            return chain[::-1]
-        for i in items[rank]:
-            for other in choices[i]:
-                if other not in reached:
-                    reached[other] = (i, rank)
-                    todo.append(other)
-    return []
-
-
-def _transfer_leaf(leaf, plan: TransferPlan, communicator: EplbCommunicator, num_slot_dims: int):
-    """The leaf with its slots filled anew, and the rounds that took."""
-    axis, mesh = communicator.axis_name, leaf.sharding.mesh
-    words = not _rows.is_scattered_bitwise(leaf.dtype, mesh.devices.flat[0].platform)
-    # Numpy arrays are the same on all processes, which is what jit takes for replicated.
-    taken = _taken(leaf.sharding, axis, num_slot_dims, words)(leaf, plan.local_source)
-    taken, num_rounds = communicator._mover.move(leaf, taken, plan.moves, num_slot_dims)
-    if plan.copies is not None:
-        taken = _taken(leaf.sharding, axis, num_slot_dims, False)(taken, plan.copies)
-    return _cast(leaf.sharding, leaf.dtype)(taken) if words else taken, num_rounds
-
-
-@functools.lru_cache(maxsize=256)
-def _taken(sharding: NamedSharding, axis: str, num_slot_dims: int, as_words: bool):
-    def take(array, index):
-        out = _rows.take_slots(_rows.slots_view(array, num_slot_dims), index[jax.lax.axis_index(axis)])
-        return (_rows.as_words(out) if as_words else out).reshape(array.shape)
-
-    specs = sharding.spec, PartitionSpec()
-    return jax.jit(jax.shard_map(take, mesh=sharding.mesh, in_specs=specs, out_specs=sharding.spec))
-
-
-@functools.lru_cache(maxsize=256)
-def _cast(sharding: NamedSharding, dtype: jnp.dtype):
-    return jax.jit(lambda words: _rows.from_words(words, dtype), out_shardings=sharding)

@@ -1,4 +1,4 @@
-"""Three ways for rows of bytes to get from rank to rank: peer memory, XLA's collectives, and through the host.
+"""Two ways for rows of bytes to get from rank to rank in rounds: XLA's collectives, and through the host.
 
 A round moves rows `uint16 [T, row_bytes / 2]` on each rank. A transport says how many rounds a pattern takes and how
 its rows lie in them (`layout`, which programs are compiled for), and moves them.
@@ -16,10 +16,8 @@ from jax import lax
 
 from jax_ep._bootstrap import Processes
 from jax_ep._checks import expect
-from jax_ep.communicator import MoECommunicator
-from jax_ep.types import QuantConfig
+from jax_ep.eplb._plan import power_of_two
 
-TRANSPORTS = ("peer", "xla", "host")
 # Of a budget, for what does not grow with the rows of a round.
 _SMALL_BYTES = 16 << 10
 
@@ -33,14 +31,11 @@ class Transport(abc.ABC):
 
     def __init__(self, num_ranks: int, row_bytes: int, budget_bytes: int):
         self.num_ranks, self.row_bytes = num_ranks, row_bytes
-        per_row = self._bytes_per_row()
+        # On a device, for a row of a round: gathered and cast, received and cast; and where it comes from and goes.
+        per_row = 4 * row_bytes + 64
         least = _SMALL_BYTES + 2 * num_ranks * per_row
         expect(budget_bytes >= least, "memory_budget_bytes", f"at least {least} bytes", budget_bytes)
         self.max_rows = (budget_bytes - _SMALL_BYTES) // per_row
-
-    def _bytes_per_row(self) -> int:
-        """On a device, for a row of a round: gathered and cast, received and cast; and where it comes from and goes."""
-        return 4 * self.row_bytes + 64
 
     def layout(self, rows: np.ndarray) -> tuple[Any, int]:
         """For rows `[R, R]` by source and destination: how they lie in a round, hashable, and how many rounds.
@@ -64,64 +59,11 @@ class Transport(abc.ABC):
         return peer, position - (end - count)[peer], position < end[-1]
 
     @abc.abstractmethod
-    def exchange(self, layout, rows, where):
-        """Rows that are sent -> those received.
+    def exchange(self, layout, rows, count):
+        """Rows that are sent -> those received; `count` int32 `[R, R]` has them by source and destination.
 
-        Traced per device; `where` int32 `[T]` are the ranks that rows go to, -1 for unused rows. If `is_staged`, called
-        between programs with the rows of all ranks; `where` int32 `[R, R]` counts them by source and destination.
+        Traced per device. If `is_staged`, called between programs, with the rows of all ranks.
         """
-
-    def check(self) -> None:  # noqa: B027
-        """Raises what went wrong in rounds that are done."""
-
-    def close(self) -> None:  # noqa: B027
-        """Frees what it holds."""
-
-
-class PeerTransport(Transport):
-    """Kernels of `dispatch`, with an expert for each rank: received rows are ordered by source, then as sent.
-
-    bfloat16 rows are copied, not computed with. The reference computes: there the rows are int8, quantised already.
-    """
-
-    name = "peer"
-
-    def __init__(self, mesh, axis_name, row_bytes, budget_bytes, *, implementation, timeout_s):
-        super().__init__(mesh.shape[axis_name], row_bytes, budget_bytes)
-        self._is_reference = implementation == "reference"
-        self.comm = MoECommunicator(
-            mesh,
-            axis_name=axis_name,
-            num_experts=self.num_ranks,
-            hidden_size=row_bytes if self._is_reference else row_bytes // 2,
-            topk=1,
-            max_tokens_per_rank=self.max_rows,
-            max_recv_tokens_per_rank=self.max_rows,
-            implementation=implementation,
-            timeout_s=timeout_s,
-        )
-
-    def _bytes_per_row(self) -> int:
-        """And in the arena, in two windows for each peer, with ids, flags and a share of a histogram of experts."""
-        rows = 2 * (self.num_ranks - 1) * self.row_bytes
-        return super()._bytes_per_row() + rows + 32 * self.num_ranks + self.num_ranks**2 // 16
-
-    def exchange(self, layout, rows, where):
-        ids = where[:, None]
-        if not self._is_reference:
-            out, _ = self.comm.dispatch(lax.bitcast_convert_type(rows, jnp.bfloat16), ids)
-            return lax.bitcast_convert_type(out.tokens[:layout], jnp.uint16)
-        elements = lax.bitcast_convert_type(rows, jnp.int8).reshape(layout, self.row_bytes)
-        scales = jnp.ones((layout, 1), jnp.float32)
-        quant = QuantConfig(dtype=jnp.int8, block_size=self.row_bytes, scales=scales)
-        out, _ = self.comm.dispatch(elements, ids, quant=quant)
-        return lax.bitcast_convert_type(out.tokens[:layout].reshape(layout, -1, 2), jnp.uint16)
-
-    def check(self) -> None:
-        self.comm.check()
-
-    def close(self) -> None:
-        self.comm.destroy()
 
 
 class XlaTransport(Transport):
@@ -154,8 +96,8 @@ class XlaTransport(Transport):
         peer = (me + distance if is_sender else me - distance) % np.int32(self.num_ranks)
         return peer, i, i < count[peer]
 
-    def exchange(self, layout, rows, where):
-        del where
+    def exchange(self, layout, rows, count):
+        del count
         received, begin = [], 0
         for distance, size in enumerate(layout):
             part, begin = rows[begin : begin + size], begin + size
@@ -177,8 +119,7 @@ class HostTransport(Transport):
         super().__init__(mesh.shape[axis_name], row_bytes, budget_bytes)
         self._axis_name, self._processes = axis_name, processes
 
-    def exchange(self, layout, rows, where):
-        count = where
+    def exchange(self, layout, rows, count):
         begin = np.cumsum(count, axis=1) - count
         places = _places(rows.sharding.mesh, self._axis_name)
         pieces = {}
@@ -233,11 +174,6 @@ def _places(mesh: jax.sharding.Mesh, axis_name: str) -> dict[jax.Device, tuple[t
     return {
         device: ((*index[:axis], *index[axis + 1 :]), index[axis]) for index, device in np.ndenumerate(mesh.devices)
     }
-
-
-def power_of_two(n: int) -> int:
-    """At least n, so that few sizes are compiled."""
-    return 1 << max(0, int(n) - 1).bit_length()
 
 
 def stepped(n: int) -> int:

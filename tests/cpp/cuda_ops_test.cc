@@ -19,6 +19,7 @@
 #include "cuda/communicator.h"
 #include "layer.h"
 #include "rounds.h"
+#include "transfer.h"
 
 namespace jax_ep::test {
 namespace {
@@ -170,6 +171,9 @@ class Streams {
     p.dispatch.ticket = ticket;
     return p;
   }
+  std::string Launch(cuda::Communicator& communicator, int rank, const TransferParams& p) {
+    return communicator.Transfer(rank, p, streams_[rank]);
+  }
   template <typename Params>
   static Params WithTicket(Params p, const int32_t* ticket) {
     p.ticket = ticket;
@@ -284,6 +288,39 @@ void RunLayer(cuda::Communicator& communicator, Streams& streams, const Layer& l
          static_cast<int>(layer.error.code));
 }
 
+// One transfer of all ranks.
+void RunTransfer(cuda::Communicator& communicator, Streams& streams, const MoEShape& shape,
+                 Random& random) {
+  TransferWalk walk(shape, random);
+  std::vector<std::unique_ptr<Mirror>> mirrors;
+  std::vector<TransferParams> on_device;
+  for (int rank = 0; rank < shape.num_ranks; ++rank) {
+    Check(cudaSetDevice(rank), "cudaSetDevice");
+    mirrors.push_back(std::make_unique<Mirror>());
+    Mirror& mirror = *mirrors.back();
+    TransferParams p = walk.Params(rank);
+    TransferWalk::Rank& host = walk.rank(rank);
+    p.source = mirror(p.source, static_cast<int64_t>(host.source.size()));
+    p.dest = mirror(p.dest, static_cast<int64_t>(host.dest.size()));
+    const int32_t* tables = host.tables.data();
+    p.tables = walk.layout().At(mirror(tables, static_cast<int64_t>(host.tables.size()) * 4));
+    on_device.push_back(p);
+    Check(cudaDeviceSynchronize(), "uploads");
+  }
+  for (int rank = 0; rank < shape.num_ranks; ++rank)
+    if (const std::string error = streams.Launch(communicator, rank, on_device[rank]);
+        !error.empty())
+      Fail("%s: %s", Describe(shape).c_str(), error.c_str());
+  for (int rank = 0; rank < shape.num_ranks; ++rank) {
+    Check(cudaSetDevice(rank), "cudaSetDevice");
+    Check(cudaDeviceSynchronize(), "a transfer");
+    mirrors[rank]->Download();
+  }
+  walk.Check();
+  if (communicator.TakeError().code != ErrorCode::kNone)
+    Fail("%s: a transfer failed", Describe(shape).c_str());
+}
+
 // Rows are multiples of 16 bytes here, quantised ones too, over one warp's turn and over several.
 MoEShape DrawCudaShape(int ranks, Random& random) {
   MoEShape shape = DrawShape(ranks, random, kAllFeatures);
@@ -325,8 +362,11 @@ int Main(int shapes, int only_ranks) {
       cuda::Communicator communicator(spec);
       if (const std::string error = communicator.Prepare(); !error.empty())
         Fail("%s", error.c_str());
-      for (const Layer& layer : DrawLayers(shape, 6, random, kAllFeatures))
+      for (const Layer& layer : DrawLayers(shape, 6, random, kAllFeatures)) {
         if (Fits(layer)) RunLayer(communicator, streams, layer, random);
+        // On windows that other exchanges use, too.
+        if (!shape.low_latency) RunTransfer(communicator, streams, shape, random);
+      }
     }
     std::printf("%d ranks: %d passed\n", ranks, shapes);
     std::fflush(stdout);
