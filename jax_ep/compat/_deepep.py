@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax_ep import _ffi, _quant
 from jax_ep._checks import expect, expect_array, expect_inside_shard_map, expect_int
 from jax_ep.communicator import MoECommunicator, MoECommunicatorConfig
+from jax_ep.compat._arguments import NAMES, expect_count, expect_matrix, named, refuse, resolve_group
 from jax_ep.types import DispatchHandle, DispatchLayout, DispatchOutput, MoEMode, QuantConfig
 
 Array = jax.Array
@@ -30,11 +31,16 @@ topk_idx_t = jnp.int32
 # A row of 16 bytes, the shortest that GPUs move.
 _SHORTEST_ROW = 8
 
+_FP8_BLOCK = 128
+
+# Which call gives handles of a layout.
+_MADE_BY = {DispatchLayout.RANK_MAJOR: "dispatch", DispatchLayout.EXPERT_MAJOR: "low_latency_dispatch"}
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class EventHandle:
-    """What DeepEP records on a stream. Here data orders everything, and there is nothing to record."""
+    """What DeepEP records on a stream. Here data orders everything, and there is nothing to record or to hold."""
 
     def current_stream_wait(self) -> None:
         """Does nothing: what takes a result comes after it."""
@@ -44,6 +50,10 @@ class EventHandle:
 @dataclasses.dataclass(frozen=True)
 class EventOverlap:
     """What calls return as `event`. A pytree, so that a mapped function may return it.
+
+    It stands for no request: the call that returns it returns its results too, and those are awaited. As
+    `previous_event` it orders nothing. To order a call behind an array that it does not take, make it depend on it
+    (`jax.lax.optimization_barrier`).
 
     Attributes:
       event: an `EventHandle` if the call had `async_finish=True`, else None.
@@ -112,6 +122,7 @@ class Buffer:
       explicitly_destroy: accepted; `destroy` may always be called, and nothing is freed before it or the end.
       enable_shrink: only False.
       comm: only None.
+      use_fabric: accepted, by name alone: some versions of DeepEP have it before `explicitly_destroy`, others nowhere.
       max_tokens_per_rank: the most tokens of a `dispatch`; not DeepEP's. Default as many as each call has, so that
         calls of different sizes have communicators, and memory, of their own.
       max_requests: calls with `async_finish` or `return_recv_hook` that may be in flight; not DeepEP's. With any, such
@@ -139,12 +150,13 @@ class Buffer:
         enable_shrink: bool = False,
         comm: None = None,
         *,
+        use_fabric: bool = False,
         max_tokens_per_rank: int | None = None,
         max_requests: int = 0,
         implementation: str | None = None,
         timeout_s: float = 30.0,
     ):
-        del num_qps_per_rank, allow_mnnvl
+        del num_qps_per_rank, allow_mnnvl, use_fabric
         if comm is not None:
             refuse("comm", "a mesh takes the place of the group, also of an MPI one")
         if enable_shrink:
@@ -187,7 +199,8 @@ class Buffer:
     def check(self) -> None:
         """Raises what went wrong since the last call, as `MoECommunicator.check` does. Not DeepEP's."""
         for communicator in self._communicators.values():
-            communicator.check()
+            with named(_names(communicator)):
+                communicator.check()
 
     def destroy(self) -> None:
         """Destroys all communicators; programs that were traced with them fail from then on."""
@@ -286,7 +299,7 @@ class Buffer:
 
         Args:
           x: `[T, H]`; or `(elements [T, H], scales [T, H / block])`, quantised, the communicator being bfloat16 then.
-          handle: of an earlier dispatch, whose routing is used again. Then only `x` goes, and `topk_idx` and
+          handle: of an earlier `dispatch`, whose routing is used again. Then only `x` goes, and `topk_idx` and
             `topk_weights` must be None.
           num_tokens_per_rank, is_token_in_rank: accepted; the ids alone decide.
           num_tokens_per_rdma_rank: only None.
@@ -315,6 +328,7 @@ class Buffer:
             refuse("num_tokens_per_rdma_rank", "all ranks are on one host")
         expect_int("num_worst_tokens", num_worst_tokens, minimum=0)
         expect_int("expert_alignment", expert_alignment)
+        _expect_config(config)
         rows, quant, dtype = _rows(x)
         if handle is not None:
             expect(
@@ -325,7 +339,7 @@ class Buffer:
         expect_array("num_tokens_per_expert", num_tokens_per_expert, ("E",), jnp.int32)
         expect_array("topk_idx", topk_idx, (rows.shape[0], "K"), jnp.int32)
         assert num_tokens_per_expert is not None and topk_idx is not None
-        communicator = self.communicator(
+        communicator = self._communicator_for(
             num_experts=num_tokens_per_expert.shape[0],
             hidden_size=rows.shape[1],
             topk=topk_idx.shape[1],
@@ -340,7 +354,7 @@ class Buffer:
         return _recv_x(out), out.topk_ids, out.topk_weights, counts, handle, _event(async_finish)
 
     def _dispatch_again(self, rows, quant, handle, num_worst_tokens, config, async_finish) -> DispatchOutput:
-        communicator = self.communicator_of(handle)
+        communicator = self._communicator_of(handle, DispatchLayout.RANK_MAJOR)
         capacity = communicator.capacity
         fits = num_worst_tokens in (0, capacity)
         expect(fits, "num_worst_tokens", f"0 or {capacity}, the rows of the handle's dispatch", num_worst_tokens)
@@ -363,10 +377,10 @@ class Buffer:
         Args:
           x: `[C, H]`, a row for each row of `recv_x`, in the dtype of what was dispatched; bfloat16 if that was
             quantised. Differentiable.
-          handle: of the dispatch.
+          handle: of the `dispatch`.
           topk_weights: float32 `[C, K]`, which return as well, each to its token and k; those beside an id of -1 are
             not read. Differentiable.
-          bias: none, one or two `[T, H]`, added in float32 to the sum, which has been rounded by then.
+          bias: None, `[T, H]`, or a pair of those, added in float32 to the sum, which has been rounded by then.
           config: whose `num_sms`, if any, is that of the dispatch.
           previous_event, allocate_on_comm_stream: accepted.
           async_finish: in halves, if the Buffer has `max_requests`; not with `topk_weights`.
@@ -380,7 +394,7 @@ class Buffer:
         del allocate_on_comm_stream
         self._expect_usable("combine")
         _expect_event(previous_event)
-        communicator = self.communicator_of(handle)
+        communicator = self._communicator_of(handle, DispatchLayout.RANK_MAJOR)
         _expect_num_sms(config, communicator)
         rows = (*communicator.rows_shape, communicator.config.hidden_size)
         expect_array("x", x, rows, communicator.config.dtype)
@@ -391,8 +405,9 @@ class Buffer:
             expect_array("topk_weights", topk_weights, (rows[0], communicator.config.topk), jnp.float32)
             axes = frozenset[str]().union(*map(_ffi.varying_axes, jax.tree.leaves((x, topk_weights, handle))))
             x, topk_weights = _ffi.vary(x, axes), _ffi.vary(topk_weights, axes)
-            combined, weights = _rows_and_weights(communicator, x, topk_weights, handle)
-        for each in bias if isinstance(bias, tuple) else () if bias is None else (bias,):
+            with named(_names(communicator)):
+                combined, weights = _rows_and_weights(communicator, x, topk_weights, handle)
+        for each in _biases(bias):
             expect_array("bias", each, combined.shape, combined.dtype)
             combined = (combined.astype(jnp.float32) + each.astype(jnp.float32)).astype(combined.dtype)
         return combined, weights, _event(async_finish)
@@ -422,7 +437,8 @@ class Buffer:
         """Sends each token to slots of its experts: `MoECommunicator.dispatch` in mode `LOW_LATENCY`.
 
         Args:
-          x: `[T, H]`, at most `num_max_dispatch_tokens_per_rank` tokens. Differentiable with `use_fp8=False`.
+          x: `[T, H]`, at most `num_max_dispatch_tokens_per_rank` tokens; with `use_fp8` H is a multiple of 128.
+            Differentiable with `use_fp8=False`.
           topk_idx: int32 `[T, K]`, -1 where unused; no expert twice for a token.
           num_max_dispatch_tokens_per_rank: the same on all ranks.
           num_experts: E.
@@ -437,7 +453,7 @@ class Buffer:
         Returns:
           recv_x `[L, S, H]`, S slots of each local expert, or with its scales `[L, S, H / 128]`; recv_count int32
           `[L]`, how many of them hold a token, the others anything; the handle; the event; with `return_recv_hook` a
-          function that does nothing, else None.
+          function that does nothing, else None: the arrays are complete without it.
 
         Raises:
           ValueError, TypeError, NotImplementedError: an argument is unusable; the text names it.
@@ -450,12 +466,14 @@ class Buffer:
             refuse("dispatch_wait_recv_cost_stats", "waiting is not timed")
         expect(round_scale or not use_ue8m0, "use_ue8m0", "False without round_scale", use_ue8m0)
         expect_matrix("x", x)
+        divides = x.shape[1] % _FP8_BLOCK == 0
+        expect(divides or not use_fp8, "x.shape[1]", f"a multiple of {_FP8_BLOCK} with use_fp8", x.shape[1])
         expect_array("topk_idx", topk_idx, (x.shape[0], "K"), jnp.int32)
         communicator = self._low_latency(
             num_experts, x.shape[1], topk_idx.shape[1], num_max_dispatch_tokens_per_rank, x.dtype
         )
         scale_dtype = jnp.float8_e8m0fnu if round_scale else jnp.float32
-        quant = QuantConfig(scale_dtype=scale_dtype) if use_fp8 else None
+        quant = QuantConfig(block_size=_FP8_BLOCK, scale_dtype=scale_dtype) if use_fp8 else None
         is_async = async_finish or return_recv_hook
         out, handle = _dispatch(communicator, is_async, x, topk_idx, topk_weights, quant=quant)
         recv_x = _recv_x(out)
@@ -486,7 +504,7 @@ class Buffer:
           x: `[L, S, H]`, in the dtype of what was dispatched. Differentiable.
           topk_idx: int32 `[T, K]`, those of the dispatch.
           topk_weights: float32 `[T, K]`, differentiable; None if the dispatch was given them.
-          handle: of the dispatch.
+          handle: of the `low_latency_dispatch`.
           use_logfmt, zero_copy: only False.
           async_finish, return_recv_hook: in halves, if the Buffer has `max_requests`.
           out, combine_wait_recv_cost_stats: only None.
@@ -507,7 +525,7 @@ class Buffer:
             refuse("out", "arrays are not written to")
         if combine_wait_recv_cost_stats is not None:
             refuse("combine_wait_recv_cost_stats", "waiting is not timed")
-        communicator = self.communicator_of(handle)
+        communicator = self._communicator_of(handle, DispatchLayout.EXPERT_MAJOR)
         config = communicator.config
         expect_array("x", x, (*communicator.rows_shape, config.hidden_size), config.dtype)
         expect_array("topk_idx", topk_idx, (handle.num_tokens, config.topk), jnp.int32)
@@ -557,6 +575,19 @@ class Buffer:
             self._communicators[config] = MoECommunicator(self.mesh, config)
         return self._communicators[config]
 
+    def _communicator_for(self, **sizes) -> MoECommunicator:
+        """The same for a call of DeepEP's, whose caller knows other names."""
+        low_latency = sizes.get("mode") is MoEMode.LOW_LATENCY
+        with named(NAMES[DispatchLayout.EXPERT_MAJOR if low_latency else DispatchLayout.RANK_MAJOR]):
+            return self.communicator(**sizes)
+
+    def _communicator_of(self, handle: DispatchHandle, layout: DispatchLayout) -> MoECommunicator:
+        """The communicator that made `handle`, which has to be one of this layout."""
+        communicator = self.communicator_of(handle)
+        kind = handle.layout.kind
+        expect(kind is layout, "handle", f"one of {_MADE_BY[layout]}", f"one of {_MADE_BY.get(kind, kind)}")
+        return communicator
+
     def communicator_of(self, handle: DispatchHandle) -> MoECommunicator:
         """The communicator that made `handle`. Not DeepEP's."""
         communicator = self.find_communicator_of(handle)
@@ -572,7 +603,7 @@ class Buffer:
         return next((each for each in all_of_them if each._spec.communicator_id == handle.communicator_id), None)
 
     def _low_latency(self, num_experts: int, hidden: int, topk: int, max_tokens: int, dtype) -> MoECommunicator:
-        return self.communicator(
+        return self._communicator_for(
             num_experts=num_experts,
             hidden_size=hidden,
             topk=topk,
@@ -600,45 +631,51 @@ class Buffer:
         expect(self.low_latency_mode, op, "a Buffer with low_latency_mode=True", self.low_latency_mode)
 
 
-def refuse(what: str, why: str) -> NoReturn:
-    raise NotImplementedError(f"{what}: not in jax_ep: {why}")
-
-
-def resolve_group(group: Group) -> tuple[jax.sharding.Mesh, str]:
-    """What stands for a process group: a mesh and the name of its axis."""
-    mesh, axis_name = group if isinstance(group, tuple) and len(group) == 2 else (group, "ep")
-    if not isinstance(mesh, jax.sharding.Mesh):
-        raise TypeError(f"group: expected a jax.sharding.Mesh, or one and an axis name, got {type(mesh).__name__}")
-    expect(axis_name in mesh.axis_names, "group", f"an axis of the mesh, one of {mesh.axis_names}", repr(axis_name))
-    return mesh, axis_name
-
-
-def expect_matrix(argument: str, value, shape: tuple[int | str, ...] = ("T", "H")) -> None:
-    """Of any dtype."""
-    expect_array(argument, value, shape, getattr(value, "dtype", jnp.float32))
-
-
 def _expect_event(previous_event) -> None:
     if previous_event is not None and not isinstance(previous_event, EventOverlap):
         raise TypeError(f"previous_event: expected an EventOverlap or None, got {type(previous_event).__name__}")
 
 
+def _expect_config(config) -> None:
+    if config is None:
+        return
+    if not isinstance(config, Config):
+        raise TypeError(f"config: expected a Config or None, got {type(config).__name__}")
+    expect_count("config.num_sms", config.num_sms)
+
+
 def _expect_num_sms(config: Config | None, communicator: MoECommunicator) -> None:
+    _expect_config(config)
     if config is not None and config.num_sms is not None:
         wanted = communicator.config.num_sms
         expect(config.num_sms == wanted, "config.num_sms", f"{wanted}, that of the handle's dispatch", config.num_sms)
 
 
+def _names(communicator: MoECommunicator) -> dict[str, str]:
+    """None for one of a layout that no call here has: who made that has given its own arguments."""
+    layout = communicator.config.output_layout
+    return NAMES[layout] if layout in _MADE_BY else {}
+
+
 def _dispatch(communicator: MoECommunicator, is_async: bool, *args, **kwargs) -> tuple[DispatchOutput, DispatchHandle]:
-    if is_async and communicator.config.max_requests:
-        return communicator.dispatch_async(*args, **kwargs).wait()
-    return communicator.dispatch(*args, **kwargs)
+    with named(_names(communicator)):
+        if is_async and communicator.config.max_requests:
+            return communicator.dispatch_async(*args, **kwargs).wait()
+        return communicator.dispatch(*args, **kwargs)
 
 
 def _combine(communicator: MoECommunicator, is_async: bool, y: Array, handle: DispatchHandle) -> Array:
-    if is_async and communicator.config.max_requests:
-        return communicator.combine_async(y, handle).wait()
-    return communicator.combine(y, handle)
+    with named(_names(communicator)):
+        if is_async and communicator.config.max_requests:
+            return communicator.combine_async(y, handle).wait()
+        return communicator.combine(y, handle)
+
+
+def _biases(bias) -> tuple:
+    if not isinstance(bias, tuple):
+        return () if bias is None else (bias,)
+    expect(len(bias) == 2, "bias", "an array, or a pair of them", f"{len(bias)} arrays")
+    return bias
 
 
 def _event(async_finish: bool) -> EventOverlap:

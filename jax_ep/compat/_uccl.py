@@ -6,7 +6,8 @@ from typing import NoReturn
 
 from jax_ep import _bootstrap
 from jax_ep.communicator import MoECommunicator
-from jax_ep.compat._deepep import Buffer, Group, refuse
+from jax_ep.compat._arguments import refuse
+from jax_ep.compat._deepep import Buffer, Group
 
 
 class UCCLBuffer(Buffer):

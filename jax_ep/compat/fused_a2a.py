@@ -13,11 +13,13 @@ import jax.numpy as jnp
 
 from jax_ep._checks import expect, expect_array, expect_inside_shard_map, expect_int
 from jax_ep.communicator import MoECommunicator
-from jax_ep.compat._deepep import Buffer, Group, expect_matrix, refuse, resolve_group
+from jax_ep.compat._arguments import NAMES, expect_count, expect_matrix, named, refuse, resolve_group
+from jax_ep.compat._deepep import Buffer, Group
 from jax_ep.compat._uccl import UCCLBuffer
 from jax_ep.types import DispatchHandle, DispatchLayout
 
 __all__ = [
+    "destroy_buffer",
     "free_buffer",
     "fused_combine",
     "fused_dispatch",
@@ -38,6 +40,9 @@ Array = jax.Array
 _Axis = tuple[jax.sharding.Mesh, str]
 
 _MOST_TOPK = 32  # of a communicator
+
+# What a `Buffer` calls an argument, and what a caller of the fused functions does.
+_OF_FUSED = {"topk_idx": "token_indices", "topk_idx.shape[1]": "token_indices.shape[1]"}
 
 _buffers: dict[_Axis, Buffer] = {}
 _uccl_buffers: dict[_Axis, UCCLBuffer] = {}
@@ -69,17 +74,29 @@ def _buffer_of(kind, buffers, group, hidden_bytes):
 
 def free_buffer() -> None:
     """Destroys what `get_buffer` gave; programs that were traced with it fail from then on. NeMo's."""
-    while _buffers:
-        _buffers.popitem()[1].destroy()
+    _destroy_all(_buffers)
+
+
+def destroy_buffer() -> None:
+    """Destroys what `get_buffer` and `get_uccl_buffer` gave; programs that were traced with it fail from then on."""
+    _destroy_all(_buffers)
+    _destroy_all(_uccl_buffers)
+
+
+def _destroy_all(buffers) -> None:
+    while buffers:
+        buffers.popitem()[1].destroy()
 
 
 def set_deepep_num_sms(num_sms: int) -> None:
     """How many SMs the ops of `fused_dispatch` and `fused_combine` that are traced from now on may occupy."""
+    expect_int("num_sms", num_sms)
     Buffer.set_num_sms(num_sms)
 
 
 def set_uccl_num_sms(num_sms: int) -> None:
     """The same for `uccl_fused_dispatch` and `uccl_fused_combine`. NeMo's."""
+    expect_int("num_sms", num_sms)
     UCCLBuffer.set_num_sms(num_sms)
 
 
@@ -108,7 +125,9 @@ def fused_dispatch(
     Raises:
       ValueError, TypeError: an argument is unusable; the text names it.
     """
-    return _fused_dispatch(get_buffer(group, get_hidden_bytes(x)), x, token_indices, token_probs, num_experts)
+    buffer = get_buffer(group, get_hidden_bytes(x))
+    with named(_OF_FUSED | {"dispatch": "fused_dispatch"}):
+        return _fused_dispatch(buffer, x, token_indices, token_probs, num_experts)
 
 
 def fused_combine(
@@ -131,7 +150,9 @@ def fused_combine(
     Raises:
       ValueError, TypeError: an argument is unusable; the text names it.
     """
-    return get_buffer(group, get_hidden_bytes(x)).combine(x, handle)[0], None
+    buffer = get_buffer(group, get_hidden_bytes(x))
+    with named(_OF_FUSED | {"combine": "fused_combine"}):
+        return buffer.combine(x, handle)[0], None
 
 
 def uccl_fused_dispatch(
@@ -144,7 +165,9 @@ def uccl_fused_dispatch(
     allocate_on_comm_stream: bool = False,
 ) -> tuple[Array, Array, Array, Array, DispatchHandle]:
     """`fused_dispatch` with a `UCCLBuffer`. NeMo's."""
-    return _fused_dispatch(get_uccl_buffer(group, get_hidden_bytes(x)), x, token_indices, token_probs, num_experts)
+    buffer = get_uccl_buffer(group, get_hidden_bytes(x))
+    with named(_OF_FUSED | {"dispatch": "uccl_fused_dispatch"}):
+        return _fused_dispatch(buffer, x, token_indices, token_probs, num_experts)
 
 
 def uccl_fused_combine(
@@ -155,7 +178,9 @@ def uccl_fused_combine(
     allocate_on_comm_stream: bool = False,
 ) -> tuple[Array, None]:
     """`fused_combine` with a `UCCLBuffer`. NeMo's."""
-    return get_uccl_buffer(group, get_hidden_bytes(x)).combine(x, handle)[0], None
+    buffer = get_uccl_buffer(group, get_hidden_bytes(x))
+    with named(_OF_FUSED | {"combine": "uccl_fused_combine"}):
+        return buffer.combine(x, handle)[0], None
 
 
 def _fused_dispatch(buffer: Buffer, x, token_indices, token_probs, num_experts):
@@ -210,18 +235,34 @@ def init_hybrid_ep_buffer(
       num_tokens: the most tokens T per rank; `seq_len` in NeMo.
       num_sms_dispatch_api, num_sms_combine_api: SMs that an op may occupy. If both are given, they have to be equal.
       num_blocks_permute, num_blocks_unpermute, num_sms_preprocessing_api: accepted; none of these is a kernel here.
-      fp8_dispatch: only False, as in Megatron.
+      fp8_dispatch: only False, as in Megatron. By name, if the order is NeMo's, where it comes before those.
+
+    Raises:
+      ValueError, TypeError, NotImplementedError: an argument is unusable; the text names it.
     """
-    del num_local_experts, num_blocks_permute, num_blocks_unpermute, num_sms_preprocessing_api
+    if isinstance(num_blocks_permute, bool):
+        raise TypeError(
+            f"num_blocks_permute: expected an int or None, got {num_blocks_permute}. The seventh argument in NeMo is "
+            "fp8_dispatch: give that by name"
+        )
+    _expect_counts(
+        num_local_experts=num_local_experts,
+        num_blocks_permute=num_blocks_permute,
+        num_blocks_unpermute=num_blocks_unpermute,
+        num_sms_preprocessing_api=num_sms_preprocessing_api,
+    )
+    expect(isinstance(fp8_dispatch, bool), "fp8_dispatch", "a bool", repr(fp8_dispatch))
     if fp8_dispatch:
         refuse("fp8_dispatch=True", "nor in Megatron. MoECommunicator.dispatch has quant")
     expect_int("hidden_dim", hidden_dim)
     one = (num_tokens is None) is not (seq_len is None)
     expect(one, "num_tokens, seq_len", "one of both", "both" if num_tokens is not None else "neither")
+    expect_count("num_tokens", num_tokens)
+    expect_count("seq_len", seq_len)
     most = seq_len if num_tokens is None else num_tokens
-    expect_int("num_tokens", most)
     assert most is not None
-    _hybrid_ep_buffer(group).grow(most, _one_num_sms(num_sms_dispatch_api, num_sms_combine_api))
+    num_sms = _one_num_sms(num_sms_dispatch_api, num_sms_combine_api)
+    _hybrid_ep_buffer(group).grow(most, num_sms)
 
 
 def reset_hybrid_ep_buffer() -> None:
@@ -263,7 +304,8 @@ def hybrid_ep_dispatch(
       num_permuted_tokens: rows C of the output; None for as many as can come from calls with the most tokens so far. If
         more come, outputs are NaN and the next traced call raises `CapacityError`.
       pad_multiple: each expert's rows are padded with zeros to a multiple of it.
-      topk_idx: int32 `[T, K]`, -1 where unused. Not read beside a routing map, but for K.
+      topk_idx: int32 `[T, K]`, -1 where unused; an expert that a token names again counts once. Not read beside a
+        routing map, but for K.
       num_experts: E, if anything.
       topk: the most experts that a token of the routing map has; not Megatron's. Default K of `topk_idx`, else as many
         as can be, which takes memory. A token with more of them makes outputs NaN, and the next traced call raise
@@ -278,30 +320,38 @@ def hybrid_ep_dispatch(
     Raises:
       ValueError, TypeError: an argument is unusable; the text names it.
     """
-    del fused, fuse_permute, num_blocks_permute, num_blocks_unpermute, num_sms_preprocessing_api
+    del fused, fuse_permute
     axis = resolve_group(group)
     expect_inside_shard_map(*axis, "hybrid_ep_dispatch")
     expect_int("num_local_experts", num_local_experts)
+    _expect_counts(
+        num_blocks_permute=num_blocks_permute,
+        num_blocks_unpermute=num_blocks_unpermute,
+        num_sms_preprocessing_api=num_sms_preprocessing_api,
+    )
     most = num_local_experts * axis[0].shape[axis[1]]
     expect(num_experts in (None, most), "num_experts", f"{most}, num_local_experts on each rank", num_experts)
     expect_matrix("x", x)
     expect_array("probs", probs, (x.shape[0], most), jnp.float32)
     topk_ids = _topk_ids(x.shape[0], most, routing_map, topk_idx, topk)
+    num_sms = _one_num_sms(num_sms_dispatch_api, num_sms_combine_api)
     weights = jnp.take_along_axis(probs, jnp.clip(topk_ids, 0, most - 1), axis=1)
     state = _hybrid_ep_buffer(group)
-    state.grow(x.shape[0], _one_num_sms(num_sms_dispatch_api, num_sms_combine_api))
-    communicator = state.buffer.communicator(
-        num_experts=most,
-        hidden_size=x.shape[1],
-        topk=topk_ids.shape[1],
-        max_tokens_per_rank=state.num_tokens,
-        max_recv_tokens_per_rank=num_permuted_tokens,
-        expert_alignment=1 if pad_multiple is None else pad_multiple,
-        output_layout=DispatchLayout.FLAT,
-        dtype=x.dtype,
-        num_sms=state.num_sms,
-    )
-    out, handle = communicator.dispatch(x, topk_ids, weights)
+    state.grow(x.shape[0], num_sms)
+    names = NAMES[DispatchLayout.FLAT] | {"topk": "topk" if topk_idx is None else "topk_idx.shape[1]"}
+    with named(names | {"dispatch": "hybrid_ep_dispatch"}):
+        communicator = state.buffer.communicator(
+            num_experts=most,
+            hidden_size=x.shape[1],
+            topk=topk_ids.shape[1],
+            max_tokens_per_rank=state.num_tokens,
+            max_recv_tokens_per_rank=num_permuted_tokens,
+            expert_alignment=1 if pad_multiple is None else pad_multiple,
+            output_layout=DispatchLayout.FLAT,
+            dtype=x.dtype,
+            num_sms=state.num_sms,
+        )
+        out, handle = communicator.dispatch(x, topk_ids, weights)
     rows_per_expert = out.layout.offsets[1:] - out.layout.offsets[:-1]
     # Without them combine adds up plain rows.
     unweighted = dataclasses.replace(handle, row_weights=None)
@@ -339,7 +389,8 @@ def hybrid_ep_combine(
     expect(given in (None, capacity), "num_permuted_tokens", f"{capacity}, that of the dispatch", given)
     given = pad_multiple
     expect(given in (None, alignment), "pad_multiple", f"{alignment}, that of the dispatch", given)
-    return communicator.combine(x, handle)
+    with named(NAMES[DispatchLayout.FLAT] | {"combine": "hybrid_ep_combine"}):
+        return communicator.combine(x, handle)
 
 
 def _hybrid_ep_buffer(group: Group) -> _HybridEPBuffer:
@@ -357,7 +408,15 @@ def _hybrid_communicator_of(handle: DispatchHandle) -> MoECommunicator:
     raise ValueError("handle: expected one of hybrid_ep_dispatch, got another, or one from before a reset")
 
 
+def _expect_counts(**counts) -> None:
+    """Of arguments that are accepted: one in another's place should not go unnoticed."""
+    for name, count in counts.items():
+        expect_count(name, count)
+
+
 def _one_num_sms(of_dispatch: int | None, of_combine: int | None) -> int | None:
+    expect_count("num_sms_dispatch_api", of_dispatch)
+    expect_count("num_sms_combine_api", of_combine)
     both = of_dispatch is not None and of_combine is not None
     same = not both or of_dispatch == of_combine
     expect(same, "num_sms_combine_api", f"num_sms_dispatch_api={of_dispatch}, since there is one number", of_combine)
@@ -373,7 +432,8 @@ def _topk_ids(num_tokens: int, num_experts: int, routing_map, topk_idx, topk: in
     if routing_map is None:
         if topk_idx is None:
             raise ValueError("routing_map: expected an array, or topk_idx, got neither")
-        return topk_idx
+        is_repeated = jnp.tril(topk_idx[:, :, None] == topk_idx[:, None, :], -1).any(2)
+        return jnp.where(is_repeated, -1, topk_idx)
     expect_array("routing_map", routing_map, (num_tokens, num_experts), jnp.bool_)
     topk = min(num_experts, _MOST_TOPK) if topk is None else topk
     expect_int("topk", topk)
