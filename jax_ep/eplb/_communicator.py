@@ -73,7 +73,7 @@ class EplbCommunicator:
         axis_name: str = "ep",
         transport: str | None = None,
         memory_budget_bytes: int | None = None,
-        row_bytes: int = 8192,
+        row_bytes: int = 14336,
         implementation: str | None = None,
         timeout_s: float = 30.0,
     ):

@@ -17,8 +17,8 @@ from jax_ep.eplb import _rows
 from jax_ep.eplb._movers import Mover, by_rank, filled_shape, named_sharding
 from jax_ep.eplb._plan import MoveTables, TransferPlan
 
-# Of rows on their way from one rank to another: more than the link holds, little enough to stay in a cache.
-_WINDOW_BYTES = 4 << 20
+# Of rows on their way from one rank to another, twice: more than the link holds, little enough to stay in a cache.
+_WINDOW_BYTES = 8 << 20
 
 
 class PeerMover(Mover):
@@ -45,15 +45,22 @@ class PeerMover(Mover):
             implementation=implementation,
             timeout_s=timeout_s,
         )
+        self._last = None  # (plan, mesh, tables)
         self._program = functools.lru_cache(maxsize=None)(self._build)
 
     def fill(self, source: jax.Array, plan: TransferPlan, num_slot_dims: int) -> tuple[jax.Array, int]:
         sharding = named_sharding(source)
         num_ranks, num_slots = plan.local_source.shape
-        tables = by_rank(tables_of(plan).pack(), sharding.mesh, self._axis_name)
+        tables = self._placed_tables(plan, sharding.mesh)
+        filled = self._program(sharding, num_slots, num_slot_dims)(source, tables)
         per_slot = _rows.rows_per_slot(_rows.slot_size(source, num_slot_dims), source.dtype, self.row_bytes)
-        most_rows = int(plan.moves.counts(num_ranks).max()) * per_slot
-        return self._program(sharding, num_slots, num_slot_dims)(source, tables), -(-most_rows // self.max_rows)
+        return filled, -(-int(plan.moves.counts(num_ranks).max()) * per_slot // self.max_rows)
+
+    def _placed_tables(self, plan: TransferPlan, mesh: jax.sharding.Mesh) -> jax.Array:
+        """Those of the last plan are kept: all arrays of a model are filled by it."""
+        if self._last is None or self._last[0] is not plan or self._last[1] != mesh:
+            self._last = plan, mesh, by_rank(tables_of(plan).pack(), mesh, self._axis_name)
+        return self._last[2]
 
     def _build(self, sharding: NamedSharding, num_slots: int, num_slot_dims: int) -> Callable:
         def fill(source, tables):

@@ -87,57 +87,63 @@ def plan_transfer(old: np.ndarray, new: np.ndarray, num_ranks: int) -> TransferP
       ValueError: an expert of `new` is nowhere in `old`.
     """
     num_layers, slots = len(old), old.shape[1] // num_ranks
-    before, after = (a.reshape(num_layers, num_ranks, slots) for a in (old, new))
-    same = (after[..., :, None] == before[..., None, :]) & (after[..., :, None] >= 0)
-    own = np.broadcast_to(np.arange(slots), after.shape)
-    source = np.where(after == before, own, same.argmax(axis=-1))
-    source = np.where(same.any(axis=-1), source + slots * np.arange(num_layers)[:, None, None], -1)
+    experts, numbers = np.unique([old, new], return_inverse=True)
+    before, after = numbers.reshape(2, num_layers, num_ranks, slots)
+    layer, rank, slot = (indices := np.indices(before.shape))[0], indices[1], indices[2]
+    slot += slots * layer
+    # The first slot of each expert on each rank. Of several values for an element, the last is kept.
+    backwards = np.s_[..., ::-1]
+    homes = np.full((num_layers, num_ranks, len(experts)), -1)
+    homes[layer[backwards], rank[backwards], before[backwards]] = slot[backwards]
+    homes[:, :, experts < 0] = -1
+    is_wanted = experts[after] >= 0
+    source = np.where((after == before) & is_wanted, slot, homes[layer, rank, after])
+
+    missing = (source < 0) & is_wanted
+    layer, rank, slot, expert = layer[missing], rank[missing], slot[missing], after[missing]
+    # An expert that gets several slots of a rank comes there once.
+    wanted = np.ravel_multi_index((layer, expert, rank), (num_layers, len(experts), num_ranks))
+    _, first, of_first = np.unique(wanted, return_index=True, return_inverse=True)
     copies = np.broadcast_to(np.arange(num_layers * slots), (num_ranks, num_layers * slots)).copy()
-    wanted: dict[tuple[int, int, int], int] = {}  # (layer, expert, rank) -> its first slot there
-    for layer, rank, slot in np.argwhere((source < 0) & (after >= 0)).tolist():
-        key, local = (layer, int(after[layer, rank, slot]), rank), layer * slots + slot
-        copies[rank, local] = wanted.setdefault(key, local)
-    local_source = np.moveaxis(source, 1, 0).reshape(num_ranks, -1).astype(np.int32)
-    unchanged = (copies == np.arange(copies.shape[1])).all()
-    return TransferPlan(local_source, _moves(wanted, before), None if unchanged else copies.astype(np.int32))
-
-
-def _moves(wanted: dict[tuple[int, int, int], int], before: np.ndarray) -> Moves:
-    _, num_ranks, slots = before.shape
-    homes: dict[tuple[int, int], dict[int, int]] = {}
-    for layer in {layer for layer, _, _ in wanted}:
-        for rank in range(num_ranks):
-            for slot, expert in enumerate(before[layer, rank].tolist()):
-                homes.setdefault((layer, expert), {}).setdefault(rank, layer * slots + slot)
-    for layer, expert, _ in wanted:
-        there = (layer, expert) in homes
-        expect(there, "new", "experts that are in old", f"expert {expert} in layer {layer}")
-    holders = [homes[layer, expert] for layer, expert, _ in wanted]
-    senders = balanced([list(holder) for holder in holders], num_ranks)
-    columns = (
-        senders,
-        [holder[sender] for holder, sender in zip(holders, senders, strict=True)],
-        [rank for _, _, rank in wanted],
-        list(wanted.values()),
+    copies[rank, slot] = slot[first][of_first]
+    return TransferPlan(
+        np.moveaxis(source, 1, 0).reshape(num_ranks, -1).astype(np.int32),
+        _moves(homes, experts, layer[first], expert[first], rank[first], slot[first]),
+        copies.astype(np.int32) if len(first) < len(slot) else None,
     )
-    return Moves(*(np.array(column, np.int64) for column in columns))
 
 
-def balanced(choices: list[list[int]], num_ranks: int) -> list[int]:
-    """One of each item's choices, such that the most often chosen rank is chosen as rarely as can be.
+def _moves(homes: np.ndarray, experts: np.ndarray, layer, expert, dst_rank, dst_slot) -> Moves:
+    """Of experts to slots of ranks, from those `homes` `[layers, R, E]` that make senders equally busy."""
+    slots = homes[layer, :, expert]  # [N, R]
+    nowhere = (slots < 0).all(axis=1)
+    if nowhere.any():
+        first = int(np.argmax(nowhere))
+        expect(False, "new", "experts that are in old", f"expert {experts[expert[first]]} in layer {layer[first]}")
+    senders = balanced(slots >= 0)
+    return Moves(senders, slots[np.arange(len(layer)), senders], dst_rank, dst_slot)
+
+
+def balanced(choices: np.ndarray) -> np.ndarray:
+    """One of each item's choices, bool `[N, R]`, such that the most often chosen rank is as rarely chosen as can be.
 
     A semi-matching (Harvey, Ladner, Lovász and Tamir, 2006): while a chain of items can each pass one item on, from the
     most loaded rank to one with at least two fewer, they do.
     """
-    chosen, load = [0] * len(choices), [0] * num_ranks
-    for i in sorted(range(len(choices)), key=lambda i: len(choices[i])):
-        chosen[i] = min(choices[i], key=lambda rank: load[rank])
-        load[chosen[i]] += 1
-    while chain := _relieving_chain(choices, chosen, load):
+    chosen = choices.argmax(axis=1)
+    several = np.flatnonzero(choices.sum(axis=1) > 1)
+    load = np.bincount(np.delete(chosen, several), minlength=choices.shape[1]).tolist()
+    ranks = [np.flatnonzero(row).tolist() for row in choices[several]]
+    picked = [0] * len(ranks)
+    for i in sorted(range(len(ranks)), key=lambda i: len(ranks[i])):
+        picked[i] = min(ranks[i], key=lambda rank: load[rank])
+        load[picked[i]] += 1
+    while chain := _relieving_chain(ranks, picked, load):
         for i, rank in chain:
-            load[chosen[i]] -= 1
+            load[picked[i]] -= 1
             load[rank] += 1
-            chosen[i] = rank
+            picked[i] = rank
+    chosen[several] = picked
     return chosen
 
 

@@ -94,10 +94,11 @@ def _transferred(leaves, old: np.ndarray, new: np.ndarray, communicator: EplbCom
     plan = plan_transfer(np.atleast_2d(old), np.atleast_2d(new), num_ranks)
     for path, leaf in leaves:
         _check_leaf(f"params{jax.tree_util.keystr(path)}", leaf, old.shape, communicator)
-    shapes = [(tuple(leaf.shape), str(leaf.dtype)) if hasattr(leaf, "shape") else None for _, leaf in leaves]
-    placements = hashlib.sha256(old.tobytes() + new.tobytes()).hexdigest()[:16]
-    communicator._processes.agree("transfer_experts", f"arrays {shapes}, placements {placements}")
     arrays = [leaf for _, leaf in leaves]
+    if len(communicator._processes.all) > 1:
+        shapes = [(array.shape, str(array.dtype)) if hasattr(array, "shape") else None for array in arrays]
+        placements = hashlib.sha256(old.tobytes() + new.tobytes()).hexdigest()[:16]
+        communicator._processes.agree("transfer_experts", f"arrays {shapes}, placements {placements}")
     if plan.changes_nothing:
         communicator.statistics = TransferStatistics(0, np.zeros((num_ranks, num_ranks), np.int64))
         return arrays
@@ -106,8 +107,7 @@ def _transferred(leaves, old: np.ndarray, new: np.ndarray, communicator: EplbCom
 
 
 def _filled(arrays: list, plan: TransferPlan, communicator: EplbCommunicator, num_slot_dims: int, donate: bool) -> list:
-    num_rounds, slots_moved = 0, plan.moves.counts(communicator.num_ranks)
-    bytes_moved = np.zeros_like(slots_moved)
+    num_rounds, slot_bytes = 0, 0
     filled: dict[int, Any] = {}  # by identity: a tree may hold an array twice
     for array in arrays:
         if id(array) in filled or np.ndim(array) == 0 or array.size == 0:
@@ -115,9 +115,10 @@ def _filled(arrays: list, plan: TransferPlan, communicator: EplbCommunicator, nu
             continue
         filled[id(array)], rounds = communicator._mover.fill(array, plan, num_slot_dims)
         num_rounds += rounds
-        bytes_moved += slots_moved * slot_size(array, num_slot_dims) * array.dtype.itemsize
+        slot_bytes += slot_size(array, num_slot_dims) * array.dtype.itemsize
         if donate:
             array.delete()
+    bytes_moved = plan.moves.counts(communicator.num_ranks) * slot_bytes
     communicator.statistics = TransferStatistics(num_rounds, bytes_moved)
     return jax.block_until_ready([filled[id(array)] for array in arrays])
 
@@ -132,10 +133,13 @@ def _check_leaf(argument: str, leaf, slots: tuple[int, ...], communicator: EplbC
     expect_movable(argument, leaf.dtype)
     mesh, axis, dim = communicator.mesh, communicator.axis_name, len(slots) - 1
     sharding: Any = leaf.sharding
-    fits = isinstance(sharding, NamedSharding) and sharding.mesh.axis_names == mesh.axis_names
-    fits = fits and np.array_equal(sharding.mesh.devices, mesh.devices)
+    fits = isinstance(sharding, NamedSharding) and _has_devices_of(sharding.mesh, mesh)
     if fits:
         mine = _axes_of(sharding.spec, dim)
         fits = mine == (axis,) or (mine == () and communicator.num_ranks == 1)
         fits = fits and (dim == 0 or not _axes_of(sharding.spec, 0))
     expect(fits, argument, f"dimension {dim} sharded over axis {axis!r} of the communicator's mesh", sharding)
+
+
+def _has_devices_of(mesh: Any, other: jax.sharding.Mesh) -> bool:
+    return mesh == other or (mesh.axis_names == other.axis_names and np.array_equal(mesh.devices, other.devices))

@@ -31,6 +31,7 @@
 #include "naive.h"
 #include "processes.h"
 #include "rounds.h"
+#include "transfer.h"
 
 namespace jax_ep::test {
 namespace {
@@ -451,6 +452,56 @@ int TestProcesses() {
   return static_cast<int>(std::size(kTopologies)) * (kShapes * 3 + kRounds);
 }
 
+// Transfers by all ranks of this process, each on a thread; the other processes draw the same.
+void RunTransfers(Communicator& communicator, Random& random) {
+  constexpr int kTransfers = 6;
+  const CommunicatorSpec& spec = communicator.spec();
+  for (int transfer = 0; transfer < kTransfers; ++transfer) {
+    TransferWalk walk(spec.shape, random);
+    std::vector<std::thread> threads;
+    for (int rank = 0; rank < spec.shape.num_ranks; ++rank) {
+      const Member& member = spec.groups[0][rank];
+      if (member.process != spec.process) continue;
+      threads.emplace_back([&, rank] {
+        const TransferParams params = walk.Params(rank);
+        const int64_t laps = cpu::NumLaps(spec.shape, params);
+        for (int64_t lap = 0; lap < laps; ++lap) {
+          Answer answer;
+          OpKey key;
+          key.run_id = transfer;
+          communicator.Submit(member.ordinal, key, cpu::TransferLap{params, lap},
+                              answer.Callback());
+          if (answer.Get().code != ErrorCode::kNone) Fail("a transfer failed");
+        }
+        walk.Check(rank);
+      });
+    }
+    for (std::thread& thread : threads) thread.join();
+  }
+}
+
+int TestTransfers() {
+  constexpr int kShapes = 12;
+  constexpr Topology kOneProcess[] = {{1, 1, 1, false}, {1, 3, 1, false}, {1, 8, 1, false}};
+  int passed = 0;
+  const auto run = [&](const Topology& t) {
+    RunProcesses(t.processes, [&](Board& board, int process) {
+      Random random(7);
+      for (int i = 0; i < kShapes; ++i) {
+        const MoEShape shape = DrawShape(t.processes * t.local, random);
+        const auto communicator =
+            Connect(board, SpecOf(t, shape, kNoTimeout), process, t.processes);
+        RunTransfers(*communicator, random);
+      }
+    });
+    passed += kShapes;
+  };
+  for (const Topology& topology : kTopologies)
+    if (topology.groups == 1) run(topology);
+  for (const Topology& topology : kOneProcess) run(topology);
+  return passed;
+}
+
 // More executions in flight than there are lanes. Beyond the lanes, order has to be the same
 // everywhere.
 int TestMoreOpsThanLanes() {
@@ -603,6 +654,7 @@ struct Test {
 constexpr Test kTests[] = {
     // Those that fork come before those that start threads.
     {"processes", TestProcesses},
+    {"transfers", TestTransfers},
     {"more ops than lanes", TestMoreOpsThanLanes},
     {"silent process", TestSilentProcess},
     {"silent process and no lane left", TestSilentProcessAndNoLaneLeft},

@@ -316,7 +316,7 @@ void RunTransfer(cuda::Communicator& communicator, Streams& streams, const MoESh
     Check(cudaDeviceSynchronize(), "a transfer");
     mirrors[rank]->Download();
   }
-  walk.Check();
+  for (int rank = 0; rank < shape.num_ranks; ++rank) walk.Check(rank);
   if (communicator.TakeError().code != ErrorCode::kNone)
     Fail("%s: a transfer failed", Describe(shape).c_str());
 }

@@ -1,4 +1,4 @@
-// A transfer of slots between all ranks for cuda_ops_test.cc: who gets what is drawn from a seed.
+// A transfer of slots between all ranks, for both tests of ops: who gets what is drawn from a seed.
 #ifndef JAX_EP_TESTS_TRANSFER_H_
 #define JAX_EP_TESTS_TRANSFER_H_
 
@@ -45,20 +45,19 @@ class TransferWalk {
   }
   TransferTablesLayout layout() const { return layout_; }
 
-  void Check() const {
-    for (int rank = 0; rank < num_ranks_; ++rank)
-      for (int64_t slot = 0; slot < num_dest_; ++slot) {
-        const Wanted wanted = wanted_[rank * num_dest_ + slot];
-        for (int64_t i = 0; i < slot_bytes_; ++i) {
-          const std::byte want = wanted.rank < 0
-                                     ? std::byte{0}
-                                     : ranks_[wanted.rank].source[wanted.slot * slot_bytes_ + i];
-          if (ranks_[rank].dest[slot * slot_bytes_ + i] != want)
-            Fail("transfer of %lld bytes: byte %lld of slot %lld on rank %d of %d",
-                 static_cast<long long>(slot_bytes_), static_cast<long long>(i),
-                 static_cast<long long>(slot), rank, num_ranks_);
-        }
+  void Check(int rank) const {
+    for (int64_t slot = 0; slot < num_dest_; ++slot) {
+      const Wanted wanted = wanted_[rank * num_dest_ + slot];
+      for (int64_t i = 0; i < slot_bytes_; ++i) {
+        const std::byte want = wanted.rank < 0
+                                   ? std::byte{0}
+                                   : ranks_[wanted.rank].source[wanted.slot * slot_bytes_ + i];
+        if (ranks_[rank].dest[slot * slot_bytes_ + i] != want)
+          Fail("transfer of %lld bytes: byte %lld of slot %lld on rank %d of %d",
+               static_cast<long long>(slot_bytes_), static_cast<long long>(i),
+               static_cast<long long>(slot), rank, num_ranks_);
       }
+    }
   }
 
  private:
