@@ -26,7 +26,7 @@ nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | sort | uniq -
 python3 -c 'import jax; print("jax", jax.__version__)'
 
 part "ops-$gpus-gpus" 400 python3 -m pytest -q --durations=10 tests/test_ops.py tests/test_errors.py
-part "layers-$gpus-gpus" 400 python3 -m pytest -q --durations=10 tests/test_nn.py tests/test_compat.py tests/test_stats.py tests/test_doctor.py \
+part "layers-$gpus-gpus" 400 python3 -m pytest -q --durations=10 tests/test_nn.py tests/test_compat.py tests/test_compat_errors.py tests/test_stats.py tests/test_doctor.py \
   tests/test_profiling.py tests/test_packaging.py
 part "balancing-$gpus-gpus" 500 python3 -m pytest -q --durations=10 tests/test_eplb_routing.py tests/test_eplb_transfer.py
 part "examples-$gpus-gpus" 500 python3 -m pytest -q --durations=10 tests/test_examples.py tests/test_olmoe.py tests/test_load_mixtral.py
