@@ -17,8 +17,8 @@ from jax_ep.eplb import _rows
 from jax_ep.eplb._movers import Mover, by_rank, filled_shape, named_sharding
 from jax_ep.eplb._plan import MoveTables, TransferPlan
 
-# Of rows on their way from one rank to another, twice: more than the link holds, little enough to stay in a cache.
-_WINDOW_BYTES = 8 << 20
+# Of rows on their way to one peer, and to all, twice: more than the link holds, little enough to stay in a cache.
+_WINDOW_BYTES, _ALL_WINDOWS_BYTES = 8 << 20, 16 << 20
 
 
 class PeerMover(Mover):
@@ -32,7 +32,8 @@ class PeerMover(Mover):
         per_row, small = _arena_bytes(num_ranks, row_bytes)
         least = small + per_row
         expect(budget_bytes >= least, "memory_budget_bytes", f"at least {least} bytes", budget_bytes)
-        self.max_rows = min((budget_bytes - small) // per_row, max(1, _WINDOW_BYTES // row_bytes))
+        window = max(_WINDOW_BYTES, _ALL_WINDOWS_BYTES // max(1, num_ranks - 1))
+        self.max_rows = min((budget_bytes - small) // per_row, max(1, window // row_bytes))
         self.comm = MoECommunicator(
             mesh,
             axis_name=axis_name,
