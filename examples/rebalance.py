@@ -13,6 +13,7 @@ What it shows:
   are.
 - `make_rows_per_rank`: `jax_ep.load_statistics` of a dispatch through the placement.
 - `matmul_of_blocks`: a grouped matrix product whose time is that of the rows that came, as a kernel's is.
+- `draw`: the most loaded rank's rows and the time of a step, before and after each rebalancing.
 """
 
 from __future__ import annotations
@@ -45,10 +46,10 @@ BLOCK = 128
 
 @dataclasses.dataclass
 class History:
-    """Of each step: the busiest rank's rows, those rows over the mean, and seconds. And of each rebalancing."""
+    """Of each step: the rows of the busiest rank and of the mean, and seconds. And of each rebalancing."""
 
     busiest: list[int] = dataclasses.field(default_factory=list)
-    imbalance: list[float] = dataclasses.field(default_factory=list)
+    mean: list[float] = dataclasses.field(default_factory=list)
     seconds: list[float] = dataclasses.field(default_factory=list)
     moves: dict[int, int] = dataclasses.field(default_factory=dict)  # by the step before which they were
     moving_seconds: dict[int, float] = dataclasses.field(default_factory=dict)
@@ -148,7 +149,7 @@ def run(layer: MoE, mover: EplbCommunicator, args: argparse.Namespace) -> Histor
         history.seconds.append(time.perf_counter() - start)
         rows = rows_per_rank(x)
         history.busiest.append(int(rows.max()))
-        history.imbalance.append(float(rows.max() / rows.mean()))
+        history.mean.append(float(rows.mean()))
     comm.check()
     return history
 
@@ -163,7 +164,8 @@ def print_table(history: History, args: argparse.Namespace) -> None:
     print("steps      busiest rank's rows   over the mean   ms a step   moves before   ms to move")
     for span in history.spans(args.steps):
         steps = slice(span.start, span.stop)
-        busiest, imbalance = np.mean(history.busiest[steps]), np.mean(history.imbalance[steps])
+        busiest = np.mean(history.busiest[steps])
+        imbalance = np.mean(np.divide(history.busiest[steps], history.mean[steps]))
         milliseconds = np.median(history.seconds[steps]) * 1e3
         moved = "           -            -"
         if span.start in history.moves:
@@ -172,21 +174,32 @@ def print_table(history: History, args: argparse.Namespace) -> None:
         print(f"{name:10s} {busiest:19.0f} {imbalance:15.2f} {milliseconds:11.2f}   {moved}")
 
 
-def plot(history: History, path: pathlib.Path, args: argparse.Namespace) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+def draw(history: History, args: argparse.Namespace) -> Figure:
+    """Rows and time of each step, and their medians between rebalancings."""
     figure = Figure(figsize=(8, 6), layout="constrained")
     load, duration = figure.subplots(2, sharex=True)
-    load.plot(history.imbalance)
-    load.axhline(1, color="black", linewidth=1, linestyle="--")
-    load.set(ylabel="busiest rank's rows / mean", title="load of the ranks; dotted: rebalanced, red: the stream turns")
-    duration.plot(np.array(history.seconds) * 1e3)
-    duration.set(xlabel="step", ylabel="ms a step")
-    duration.set_ylim(bottom=0)
-    for panel in (load, duration):
+    milliseconds = np.array(history.seconds) * 1e3
+    load.set_title("dotted: rebalanced; red: the stream turns to other experts")
+    load.plot(history.mean, color="black", linewidth=1, linestyle="--", label="mean of the ranks")
+    for panel, values, what in ((load, history.busiest, "most loaded rank"), (duration, milliseconds, "all ranks")):
+        panel.plot(values, alpha=0.5, label=f"{what}, each step")
+        spans = history.spans(args.steps)
+        medians = [np.median(values[span.start : span.stop]) for span in spans]
+        edges = [span.start - 0.5 for span in spans], [span.stop - 0.5 for span in spans]
+        panel.hlines(medians, *edges, color="C0", linewidth=2, label=f"{what}, median between rebalancings")
         for number in history.moves:
-            panel.axvline(number, color="gray", linestyle=":")
-        panel.axvline(args.steps // 2, color="C3", linewidth=1)
-    figure.savefig(path, dpi=150)
+            panel.axvline(number - 0.5, color="gray", linestyle=":")
+        panel.axvline(args.steps // 2 - 0.5, color="C3", linewidth=1)
+        panel.set_ylim(bottom=0)
+        panel.legend(fontsize="small")
+    load.set_ylabel("rows a step")
+    duration.set(xlabel="step", ylabel="ms a step")
+    return figure
+
+
+def plot(history: History, path: pathlib.Path, args: argparse.Namespace) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw(history, args).savefig(path, dpi=150)
     print(f"wrote {path}")
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import numbers
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def expect(condition: bool, argument: str, expected: str, got) -> None:
@@ -11,10 +14,20 @@ def expect(condition: bool, argument: str, expected: str, got) -> None:
         raise ValueError(f"{argument}: expected {expected}, got {got}")
 
 
-def expect_int(argument: str, value, minimum: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+def expect_int(argument: str, value, minimum: int = 1) -> int:
+    """`value`, which may be one of numpy's integers, as an int: that is what is to be kept and reckoned with."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(f"{argument}: expected an int, got {type(value).__name__} {value!r}")
+    value = int(value)
     expect(value >= minimum, argument, f"at least {minimum}", value)
+    return value
+
+
+def expect_number(argument: str, value) -> float:
+    """`value`, an int or a float, also one of numpy's, as a float."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{argument}: expected a number, got {type(value).__name__} {value!r}")
+    return float(value)
 
 
 def expect_array(argument: str, value, shape: tuple[int | str, ...], dtype) -> None:

@@ -49,19 +49,7 @@ def resolve_config(mesh: jax.sharding.Mesh, config: MoECommunicatorConfig) -> Mo
     if not isinstance(mesh, jax.sharding.Mesh):
         raise TypeError(f"mesh: expected a jax.sharding.Mesh of devices, got {type(mesh).__name__}")
     expect(config.axis_name in mesh.axis_names, "axis_name", f"one of {mesh.axis_names}", repr(config.axis_name))
-    for name in ("num_experts", "hidden_size", "topk", "max_tokens_per_rank", "expert_alignment"):
-        expect_int(name, getattr(config, name))
-    expect_int("max_requests", config.max_requests, minimum=0)
-    config = _with_environment(config)
-    for name in ("dispatch_blocks", "combine_blocks"):
-        blocks = getattr(config, name)
-        if blocks is not None:
-            expect(isinstance(blocks, tuple) and len(blocks) == 2, name, "(senders, receivers)", repr(blocks))
-            for count in blocks:
-                expect_int(name, count)
-    for name in ("max_recv_tokens_per_rank", "num_sms"):
-        if getattr(config, name) is not None:
-            expect_int(name, getattr(config, name))
+    config = _with_ints(_with_environment(config))
     expect(isinstance(config.mode, MoEMode), "mode", "a MoEMode", repr(config.mode))
     expect(config.topk <= 32, "topk", "at most 32", config.topk)
     expect(config.overflow in ("error", "drop"), "overflow", '"error" or "drop"', repr(config.overflow))
@@ -100,6 +88,23 @@ def resolve_config(mesh: jax.sharding.Mesh, config: MoECommunicatorConfig) -> Mo
         experts = config.num_experts
         expect(experts <= _MAX_LATENCY_EXPERTS, "num_experts", f"at most {_MAX_LATENCY_EXPERTS} {mode}", experts)
     return dataclasses.replace(config, output_layout=layout, implementation=implementation)
+
+
+def _with_ints(config: MoECommunicatorConfig) -> MoECommunicatorConfig:
+    """Sizes may come as numpy's integers; as ints they are the same to all processes, and do not overflow."""
+    ints: dict[str, Any] = {}
+    for name in ("num_experts", "hidden_size", "topk", "max_tokens_per_rank", "expert_alignment"):
+        ints[name] = expect_int(name, getattr(config, name))
+    ints["max_requests"] = expect_int("max_requests", config.max_requests, minimum=0)
+    for name in ("max_recv_tokens_per_rank", "num_sms"):
+        if getattr(config, name) is not None:
+            ints[name] = expect_int(name, getattr(config, name))
+    for name in ("dispatch_blocks", "combine_blocks"):
+        blocks = getattr(config, name)
+        if blocks is not None:
+            expect(isinstance(blocks, tuple) and len(blocks) == 2, name, "(senders, receivers)", repr(blocks))
+            ints[name] = tuple(expect_int(name, count) for count in blocks)
+    return dataclasses.replace(config, **ints)
 
 
 def _with_environment(config: MoECommunicatorConfig) -> MoECommunicatorConfig:

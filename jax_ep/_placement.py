@@ -25,7 +25,7 @@ class Placement(NamedTuple):
     """Which expert each physical slot holds; GPU g has the slots from `g * P / num_gpus` on.
 
     Attributes:
-      physical_to_logical: int32 `[layers, P]`, the expert in each slot.
+      physical_to_logical: int32 `[layers, P]`, the expert in each slot; -1 in those that `replan_experts` left empty.
       logical_to_physical: int32 `[layers, E, X]`, the slots of each expert in ascending order, then -1. X is the most
         replicas of any expert in any layer.
       num_replicas_per_expert: int32 `[layers, E]`, how many of those X are slots.
@@ -83,7 +83,7 @@ class ExpertPlacement:
         Raises:
           ValueError, TypeError: the slots are no such array, or leave an expert out.
         """
-        expect_int("num_experts", num_experts)
+        num_experts = expect_int("num_experts", num_experts)
         slots: Array
         if isinstance(physical_to_logical, jax.core.Tracer):
             expect_array("physical_to_logical", physical_to_logical, ("P",), jnp.int32)
@@ -134,7 +134,7 @@ def to_physical(topk_ids: Array, placement: ExpertPlacement, rank: Array | int) 
     Args:
       topk_ids: int32, of any shape: logical experts, -1 where unused.
       placement: of these experts; replicated over ranks.
-      rank: the rank of these tokens, a number or an int32 `[]`.
+      rank: the rank of these tokens, one integer from 0 on. A traced one cannot be checked for that.
 
     Returns:
       int32, of the same shape: slots, -1 where unused, and -2 for what is neither -1 nor an expert with a slot.
@@ -144,15 +144,25 @@ def to_physical(topk_ids: Array, placement: ExpertPlacement, rank: Array | int) 
     """
     expect_placement("placement", placement)
     expect_array("topk_ids", topk_ids, getattr(topk_ids, "shape", ()), jnp.int32)
+    rank = _checked_rank(rank)
     ids = topk_ids.reshape(-1)
     num_experts = placement.num_experts
     keys = jnp.where((ids >= 0) & (ids < num_experts), ids, num_experts)
     experts = jnp.minimum(keys, num_experts - 1)
     counts = placement.num_replicas_per_expert[experts]
-    turn = jax.lax.rem(_occurrences(keys, num_experts) + jnp.asarray(rank, jnp.int32), jnp.maximum(counts, 1))
+    turn = jax.lax.rem(_occurrences(keys, num_experts) + rank, jnp.maximum(counts, 1))
     slots = placement.slots_by_expert[placement.first[experts] + turn]
     none = jnp.where(ids == -1, -1, _BAD_ID)
     return jnp.where((keys < num_experts) & (counts > 0), slots, none).reshape(topk_ids.shape)
+
+
+def _checked_rank(rank) -> Array:
+    """int32 `[]`. A negative one would name another expert's slot."""
+    if hasattr(rank, "dtype") and not (rank.shape == () and jnp.issubdtype(rank.dtype, jnp.integer)):
+        raise TypeError(f"rank: expected one integer, got {rank.dtype} of shape {list(rank.shape)}")
+    if not isinstance(rank, jax.core.Tracer):
+        rank = expect_int("rank", rank.item() if hasattr(rank, "item") else rank, minimum=0)
+    return jnp.asarray(rank, jnp.int32)
 
 
 def _occurrences(keys: Array, largest: int) -> Array:

@@ -40,18 +40,29 @@ def gpu_loads(load, slots, num_gpus: int) -> np.ndarray:
     """`[num_gpus]` of one layer."""
     totals = np.zeros(num_gpus)
     for slot, expert in enumerate(slots):
-        totals[slot * num_gpus // len(slots)] += load[expert] / list(slots).count(expert)
+        if expert >= 0:
+            totals[slot * num_gpus // len(slots)] += load[expert] / list(slots).count(expert)
     return totals
 
 
 def check_is_legal(slots, num_experts: int, num_groups: int, num_nodes: int) -> None:
     """One layer: every expert has a slot, and where the plan is hierarchical, whole groups their node."""
-    assert set(slots) == set(range(num_experts))
+    assert set(slots) - {-1} == set(range(num_experts))
     if num_groups % num_nodes == 0:
-        nodes = np.reshape(slots, (num_nodes, -1)) // (num_experts // num_groups)
-        groups = [set(node) for node in nodes]
+        nodes = np.reshape(slots, (num_nodes, -1))
+        groups = [set(node[node >= 0] // (num_experts // num_groups)) for node in nodes]
         assert sum(map(len, groups)) == num_groups
         assert all(len(mine) == num_groups // num_nodes for mine in groups)
+
+
+def check_maps(plan, num_experts: int) -> None:
+    num_layers = len(plan.physical_to_logical)
+    assert plan.logical_to_physical.shape == (num_layers, num_experts, plan.num_replicas_per_expert.max())
+    assert all(array.dtype == np.int32 for array in plan)
+    for slots, places, counts in zip(*plan, strict=True):
+        for expert in range(num_experts):
+            np.testing.assert_array_equal(places[expert, : counts[expert]], np.flatnonzero(slots == expert))
+            assert (places[expert, counts[expert] :] == -1).all()
 
 
 def pack_as_published(load: list[float], num_packs: int) -> list[list[int]]:
@@ -108,9 +119,11 @@ def draw_load(rng: np.random.Generator, kind: str, num_layers: int, num_experts:
 def problems(draw):
     """A load, and the other arguments of `rebalance_experts`."""
     num_nodes, gpus_per_node = draw(st.sampled_from([1, 2, 3])), draw(st.integers(1, 4))
-    num_gpus = num_nodes * gpus_per_node
-    num_groups = draw(st.sampled_from([1, num_nodes, 2 * num_nodes]))
-    num_experts = num_groups * draw(st.integers(1, 5))
+    num_groups = draw(st.sampled_from([1, num_nodes, 2 * num_nodes, 5]))
+    if num_groups % num_nodes:  # then they need not fit
+        num_gpus, num_experts = draw(st.integers(1, 8)), draw(st.integers(1, 16))
+    else:
+        num_gpus, num_experts = num_nodes * gpus_per_node, num_groups * draw(st.integers(1, 5))
     least = -(-num_experts // num_gpus)
     num_replicas = num_gpus * draw(st.integers(least, least + 3))
     rng = np.random.default_rng(draw(st.integers(0, 10**6)))
@@ -144,13 +157,10 @@ def test_plans_are_legal_and_maps_agree(problem):
     plan = rebalance_experts(load, **sizes)
     num_experts, num_slots = load.shape[1], sizes["num_replicas"]
     assert plan.physical_to_logical.shape == (len(load), num_slots)
-    assert plan.logical_to_physical.shape == (*load.shape, plan.num_replicas_per_expert.max())
-    assert all(array.dtype == np.int32 for array in plan)
-    for slots, places, counts in zip(*plan, strict=True):
+    check_maps(plan, num_experts)
+    for slots in plan.physical_to_logical:
+        assert (slots >= 0).all()
         check_is_legal(slots, num_experts, sizes["num_groups"], sizes["num_nodes"])
-        for expert in range(num_experts):
-            np.testing.assert_array_equal(places[expert, : counts[expert]], np.flatnonzero(slots == expert))
-            assert (places[expert, counts[expert] :] == -1).all()
 
 
 @MANY
@@ -195,6 +205,26 @@ def test_imbalance():
     )
     assert gpu_imbalance(np.zeros((1, 2)), [[0, 1]], 2) == 1
     assert gpu_imbalance([[0, 7]], [[0, 1]], 2) == 2
+    np.testing.assert_allclose(gpu_imbalance([[4, 6]], [[0, -1, 1, 1]], 2), 6 / 5)
+
+
+@pytest.mark.parametrize(("num_groups", "num_nodes"), [(5, 2), (4, 3), (1, 8), (7, 100)])
+def test_global_plans_know_no_groups_and_nodes(num_groups, num_nodes):
+    current = rebalance_experts(LOAD[::-1], 16, 1, 1, 8).physical_to_logical
+    for plan, argument in ((rebalance_experts, 16), (replan_experts, current)):
+        for array, same in zip(
+            plan(LOAD, argument, num_groups, num_nodes, 8), plan(LOAD, argument, 1, 1, 8), strict=True
+        ):
+            np.testing.assert_array_equal(array, same)
+
+
+def test_sizes_may_be_numpys():
+    plan = rebalance_experts(LOAD, np.int16(16), np.int32(4), np.int64(2), np.uint8(8))
+    assert plan.physical_to_logical.tolist() == PLAN
+    moves = count_moves(
+        PUBLISHED, replan_experts(LOAD, PUBLISHED, *np.array([4, 2, 8])).physical_to_logical, np.int8(8)
+    )
+    assert moves.tolist() == [0, 0]
 
 
 def test_groups_are_exchanged_between_nodes():
@@ -262,27 +292,52 @@ def fewest_moves_by_renumbering(current, plain, num_groups: int, num_nodes: int,
 
 
 @MANY
-@given(problem=problems(), slack=st.sampled_from([0, 0.02, 0.1, 0.5]), drift=st.sampled_from([0.0, 0.3, 3.0]))
-def test_replanning_keeps_its_promises(problem, slack, drift):
+@given(
+    problem=problems(),
+    slack=st.sampled_from([0, 0.02, 0.1, 0.5]),
+    drift=st.sampled_from([0.0, 0.3, 3.0]),
+    emptied=st.sampled_from([0, 0, 1, 9]),
+)
+def test_replanning_keeps_its_promises(problem, slack, drift, emptied):
     load, sizes = problem
     hypothesis.assume(sizes["num_gpus"] <= 8)
     current = rebalance_experts(load, **sizes).physical_to_logical
     later = load * np.exp(np.random.default_rng(0).normal(size=load.shape) * drift)
     if drift > 1:  # a placement of another planner, which need not be hierarchical
         current = np.random.default_rng(1).permuted(current, axis=1)
+    current = without_some_replicas(current, emptied)
     others = without_replicas(sizes)
     new = replan_experts(later, current, slack=slack, **others)
     plain = rebalance_experts(later, **sizes)
     moves = count_moves(current, new.physical_to_logical, sizes["num_gpus"])
+    check_maps(new, load.shape[1])
     for layer, (one, slots) in enumerate(zip(later, new.physical_to_logical, strict=True)):
         check_is_legal(slots, load.shape[1], sizes["num_groups"], sizes["num_nodes"])
         limit = gpu_loads(one, plain.physical_to_logical[layer], sizes["num_gpus"]).max() * (1 + slack)
         assert gpu_loads(one, slots, sizes["num_gpus"]).max() <= limit * (1 + 1e-8)
         assert moves[layer] <= fewest_moves_by_renumbering(current[layer], plain.physical_to_logical[layer], **others)
         fits = gpu_loads(one, current[layer], sizes["num_gpus"]).max() <= limit
-        if fits and drift < 1:
+        if (fits and drift < 1) or -1 in slots:
             np.testing.assert_array_equal(slots, current[layer])
         check_stay_in_place(current[layer], slots, sizes["num_gpus"])
+
+
+def without_some_replicas(slots: np.ndarray, num: int) -> np.ndarray:
+    """With at most that many slots of each layer empty."""
+    slots = slots.copy()
+    for layer in slots:
+        for slot in np.random.default_rng(2).permutation(len(layer)):
+            if (layer == layer[slot]).sum() > 1 and (layer < 0).sum() < num:
+                layer[slot] = -1
+    return slots
+
+
+def test_empty_slots_are_filled_where_that_is_needed():
+    load, current = [[8, 4, 4, 8], [1, 1, 1, 1]], [[0, 1, 2, -1, 3, -1], [0, 1, -1, 2, 3, -1]]
+    new = replan_experts(load, current, 1, 1, 2, slack=0)
+    assert count_moves(current, new.physical_to_logical, 2).tolist() == [1, 0]
+    np.testing.assert_array_equal(new.physical_to_logical[1], current[1])
+    np.testing.assert_allclose(gpu_imbalance(load, new.physical_to_logical, 2), 1)
 
 
 def test_no_search_is_worse_than_the_renumbered_plan():
@@ -321,9 +376,7 @@ def test_near_the_fewest_moves_of_all_plans(slack):
             within = plans[all_loads(load, plans, num_gpus) <= limit]
             fewest = count_moves(np.broadcast_to(current, within.shape), within, num_gpus).min()
             more.append(count_moves(current[None], new, num_gpus)[0] - fewest)
-    assert min(more) >= 0
-    assert np.mean(np.array(more) == 0) > 0.99
-    assert max(more) <= 2
+    assert len(more) == 80 and not np.any(more)
 
 
 @pytest.mark.parametrize("num_groups", [8, 1])
@@ -344,6 +397,8 @@ def test_moves_are_counted():
     before, after = np.array([[0, 1, 2, 3, 4, 0]]), np.array([[1, 1, 0, 2, 5, 5]])
     assert count_moves(before, after, 3).tolist() == [3]  # to the second GPU 0, to the third 5 twice
     assert count_moves(before, before[:, [1, 0, 3, 2, 5, 4]], 3).tolist() == [0]
+    assert count_moves([[0, 1, 2, 3]], [[0, -1, 2, 3]], 2).tolist() == [0]
+    assert count_moves([[0, 1, -1, 2]], [[-1, 2, 1, -1]], 2).tolist() == [2]
 
 
 @given(seed=st.integers(0, 10**6), num=st.integers(1, 4), n=st.integers(1, 5))
@@ -377,8 +432,10 @@ GOOD = dict(load=LOAD, num_replicas=16, **SIZES)
         (dict(num_replicas=8), ValueError, "num_replicas: expected at least the 12 experts, got 8"),
         (dict(num_replicas=17), ValueError, "num_replicas: expected a multiple of num_gpus=8, got 17"),
         (dict(num_replicas=16.0), TypeError, "num_replicas: expected an int, got float 16.0"),
-        (dict(num_nodes=3), ValueError, "num_gpus: expected a multiple of num_nodes=3, got 8"),
-        (dict(num_groups=5), ValueError, "num_groups: expected a divisor of the 12 experts, got 5"),
+        (dict(num_groups=6, num_nodes=3), ValueError, "num_gpus: expected a multiple of num_nodes=3, got 8"),
+        (dict(num_groups=10), ValueError, "num_groups: expected a divisor of the 12 experts, got 10"),
+        (dict(num_groups=0), ValueError, "num_groups: expected at least 1, got 0"),
+        (dict(num_nodes=True), TypeError, "num_nodes: expected an int, got bool True"),
         (dict(num_gpus=0), ValueError, "num_gpus: expected at least 1, got 0"),
     ],
 )
@@ -392,7 +449,9 @@ def test_bad_arguments(changes, error, message):
     [
         (dict(current=PUBLISHED[:1]), ValueError, r"current: expected shape \[2, P\], got shape \[1, 16\]"),
         (dict(current=PUBLISHED * 1.0), TypeError, "current: expected an integer dtype, got float64"),
-        (dict(current=PUBLISHED + 1), ValueError, r"current: expected experts from 0 to 11, got \[12\]"),
+        (dict(current=PUBLISHED[0]), ValueError, r"current: expected shape \[layers, P\], got shape \[16\]"),
+        (dict(current=PUBLISHED + 1), ValueError, r"current: expected -1 or experts from 0 to 11, got \[12\]"),
+        (dict(current=PUBLISHED - 2), ValueError, r"current: expected experts from 0 on, or -1, got \[-2\]"),
         (
             dict(current=PUBLISHED % 11),
             ValueError,
@@ -402,6 +461,8 @@ def test_bad_arguments(changes, error, message):
         (dict(num_gpus=6), ValueError, "current: expected a multiple of num_gpus=6 slots, got 16"),
         (dict(slack=-0.1), ValueError, "slack: expected a finite number of at least 0, got -0.1"),
         (dict(slack=np.nan), ValueError, "slack: expected a finite number of at least 0, got nan"),
+        (dict(slack="a"), TypeError, "slack: expected a number, got str 'a'"),
+        (dict(slack=True), TypeError, "slack: expected a number, got bool True"),
     ],
 )
 def test_bad_arguments_of_replanning(changes, error, message):
@@ -414,5 +475,14 @@ def test_bad_arguments_of_counting():
         count_moves(PUBLISHED, PUBLISHED[:1], 8)
     with pytest.raises(ValueError, match="num_gpus: expected a divisor of 16, got 3"):
         count_moves(PUBLISHED, PUBLISHED, 3)
+    with pytest.raises(TypeError, match=r"num_gpus: expected an int, got float 2\.0"):
+        count_moves(PUBLISHED, PUBLISHED, 2.0)
+    with pytest.raises(ValueError, match="num_gpus: expected at least 1, got 0"):
+        count_moves(PUBLISHED, PUBLISHED, 0)
+    for current, new, argument in ((PUBLISHED * 1.0, PUBLISHED, "current"), (PUBLISHED, PUBLISHED > 2, "new")):
+        with pytest.raises(TypeError, match=f"{argument}: expected an integer dtype, got "):
+            count_moves(current, new, 8)
+    with pytest.raises(ValueError, match=r"new: expected experts from 0 on, or -1, got \[-2\]"):
+        count_moves(PUBLISHED, PUBLISHED - 2, 8)
     with pytest.raises(ValueError, match="num_gpus: expected a divisor of the 16 slots, got 3"):
         gpu_imbalance(LOAD, PUBLISHED, 3)

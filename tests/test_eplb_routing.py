@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import importlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -270,6 +273,13 @@ def test_ranks_begin_with_different_replicas():
     assert firsts == [0, 1, 2, 3]
 
 
+def test_ranks_may_be_numpys():
+    ids, placement = np.zeros((2, 3), np.int32), placement_of(EMPTY_SLOTS)
+    ranks = np.int64(3), np.array(3, np.uint8), jnp.int32(3)
+    for got in jax.jit(lambda: [eplb.to_physical(ids, placement, rank) for rank in ranks])():
+        np.testing.assert_array_equal(got, physical(ids, placement, 3))
+
+
 def test_an_expert_without_a_slot_is_out_of_range():
     placement = from_traced_slots(jnp.array([2, 0, -1, 2], jnp.int32), 4)
     np.testing.assert_array_equal(
@@ -338,10 +348,102 @@ def test_parameters_and_gradients(implementation, axis_type, slots):
 
 
 def test_summing_is_the_transpose_of_replicating():
-    placement, rng = placement_of(EMPTY_SLOTS), np.random.default_rng(0)
-    logical, grads = rng.normal(size=(6, 3)).astype(np.float32), rng.normal(size=(12, 3)).astype(np.float32)
-    _, pull = jax.vjp(lambda params: eplb.replicate_experts(params, placement), logical)
-    np.testing.assert_allclose(pull(grads)[0], eplb.sum_replica_gradients(grads, placement), rtol=1e-6)
+    """Sums of bfloat16 in float32 as well."""
+    placement, rng = placement_of([0] * 11 + [1]), np.random.default_rng(0)
+    logical, grads = (rng.normal(size=(rows, 3)).astype(jnp.bfloat16) for rows in (2, 12))
+
+    @jax.jit
+    def pull(grads):
+        return jax.vjp(lambda params: eplb.replicate_experts(params, placement), logical)[1](grads)[0]
+
+    np.testing.assert_array_equal(pull(grads), jax.jit(eplb.sum_replica_gradients)(grads, placement))
+    np.testing.assert_array_equal(pull(grads)[0], grads[:11].astype(np.float64).sum(0).astype(jnp.bfloat16))
+
+
+def shared_by_rank(mesh, grads, placement):
+    share = jax.shard_map(eplb.share_replica_gradients, mesh=mesh, in_specs=(P("ep"), P()), out_specs=P("ep"))
+    return share(grads, placement)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "slots"), [("complex64", EMPTY_SLOTS), ("float16", FULL_SLOTS), ("float32", [0] * 11 + [1])]
+)
+def test_sums_of_each_dtype(native_implementation, dtype, slots):
+    """In the order of slots, by ranks and of global arrays: whole numbers have but one sum."""
+    mesh = suite.make_mesh(native_implementation, suite.num_ranks_at_most(native_implementation, 4))
+    rng, slots, placement = np.random.default_rng(0), np.array(slots), placement_of(slots)
+    grads = rng.integers(-9, 9, (len(slots), 3)).astype(dtype)
+    if dtype == "complex64":
+        grads += 1j * rng.integers(-9, 9, grads.shape).astype(np.float32)
+    sums = np.array([grads[slots == expert].sum(0) for expert in range(slots.max() + 1)])
+    wanted = np.where(slots[:, None] >= 0, sums[slots], grads)
+    summed = jax.jit(eplb.sum_replica_gradients)(grads, placement)
+    shared = jax.jit(eplb.share_replica_gradients)(grads, placement)
+    by_rank = jax.jit(lambda *arguments: shared_by_rank(mesh, *arguments))(suite.put(grads, mesh, P("ep")), placement)
+    for got, want in ((summed, sums), (shared, wanted), (by_rank, wanted)):
+        assert got.dtype == dtype
+        np.testing.assert_array_equal(got, want)
+
+
+def test_no_sum_is_in_any_order():
+    """GPUs scatter in any order, so that three terms may have another sum each time."""
+    mesh = suite.make_mesh("reference", 4, axis_type=AxisType.Auto)
+    placement = placement_of(EMPTY_SLOTS)
+
+    def by_expert(params):
+        return jnp.square(eplb.replicate_experts(params, placement)).sum()
+
+    for function, shape in [
+        (lambda grads: shared_by_rank(mesh, grads, placement), (12, 3)),
+        (lambda grads: eplb.share_replica_gradients(grads, placement), (12, 3)),
+        (lambda grads: eplb.sum_replica_gradients(grads, placement), (12, 3)),
+        (jax.grad(by_expert), (6, 3)),
+    ]:
+        program = str(jax.make_jaxpr(function)(jnp.ones(shape)))
+        assert "gather" in program and "scatter-add" not in program
+
+
+def test_sums_are_the_same_each_time(native_implementation):
+    """Bitwise, of many replicas on one rank."""
+    slots = np.random.default_rng(0).permutation([0] * 20 + [1] * 9 + [2, 3, -1])
+    num_ranks = suite.num_ranks_at_most(native_implementation, 2)
+    mesh, placement = suite.make_mesh(native_implementation, num_ranks), placement_of(slots)
+    grads = suite.put(np.random.default_rng(1).normal(size=(32, 5000)).astype(np.float32), mesh, P("ep"))
+    share = jax.jit(lambda grads: shared_by_rank(mesh, grads, placement))
+    first = np.asarray(share(grads))
+    for _ in range(5):
+        np.testing.assert_array_equal(share(grads), first)
+
+
+@pytest.mark.parametrize("mapped", [False, True], ids=["global", "by rank"])
+def test_integers_have_no_gradient(mapped):
+    """As of quantised kernels, beside their scales."""
+    mesh = suite.make_mesh("reference", 4, axis_type=AxisType.Auto)
+    rng, slots, placement = np.random.default_rng(0), np.array(EMPTY_SLOTS), placement_of(EMPTY_SLOTS)
+    params = dict(q=rng.integers(-9, 9, (6, 3)).astype(np.int8), scale=rng.normal(size=(6, 1)).astype(np.float32))
+
+    def tied(params):
+        params = eplb.tie_replicas(params, placement)
+        return params["q"].astype(jnp.float32) * params["scale"]
+
+    def by_slot(params):
+        function = jax.shard_map(tied, mesh=mesh, in_specs=P("ep"), out_specs=P("ep")) if mapped else tied
+        return function(params).sum()
+
+    def by_expert(params):
+        params = eplb.replicate_experts(params, placement)
+        return (params["q"].astype(jnp.float32) * params["scale"]).sum()
+
+    wanted = np.bincount(slots[slots >= 0])[:, None] * params["q"].sum(1, keepdims=True, dtype=np.float32)
+    physical = eplb.replicate_experts(params, placement)
+    got, by_expert = (jax.jit(jax.grad(f, allow_int=True))(p) for f, p in ((by_slot, physical), (by_expert, params)))
+    np.testing.assert_allclose(by_expert["scale"], wanted)
+    np.testing.assert_allclose(got["scale"], np.where(slots[:, None] >= 0, wanted[slots], 0))
+    assert got["q"].dtype == by_expert["q"].dtype == jax.dtypes.float0
+    assert got["q"].shape == (12, 3) and by_expert["q"].shape == (6, 3)
+    scale = physical.pop("scale")
+    alone = jax.jit(jax.grad(lambda scale: by_slot(dict(physical, scale=scale))))(scale)
+    np.testing.assert_array_equal(alone, got["scale"])
 
 
 def test_without_replicas_gradients_are_as_they_came():
@@ -391,6 +493,19 @@ def test_recorder(native_implementation, by):
     np.testing.assert_array_equal(state, counts[-window:])
     np.testing.assert_array_equal(recorder.load(state), counts[-window:].sum(0))
     np.testing.assert_array_equal(recorder.push(state, jnp.arange(6, dtype=jnp.int32))[1:], [counts[-1], np.arange(6)])
+
+
+def test_recording_costs_one_psum():
+    """Over both axes, one of which has its name instead of a tuple."""
+    mesh = suite.make_mesh("reference", 2, 2, axis_type=AxisType.Auto)
+    recorder, tokens = eplb.LoadRecorder(np.int64(6), data_axes="dp"), P(("dp", "ep"))
+    assert recorder == eplb.LoadRecorder(6, data_axes=("dp",)) and type(recorder.num_experts) is int
+    record = jax.shard_map(recorder.record, mesh=mesh, in_specs=(P(), tokens), out_specs=P())
+    ids = np.random.default_rng(0).integers(0, 6, (24, 2)).astype(np.int32)
+    program = str(jax.make_jaxpr(record)(recorder.init(3), ids))
+    collectives = re.findall(r"\b(?:psum|pmax|ppermute|all_|reduce_scatter)\w*(?=\[)", program)
+    assert len(collectives) == 1 and collectives[0].startswith("psum"), collectives
+    np.testing.assert_array_equal(jax.jit(record)(recorder.init(3), ids)[-1], np.bincount(ids.reshape(-1), minlength=6))
 
 
 @pytest.mark.parametrize("by", ["handle", "ids"])
@@ -450,6 +565,14 @@ def test_unusable_arguments():
             ValueError,
             "placement: expected the placement of one layer, got slots of shape [1, 4]",
         ),
+        (lambda: eplb.to_physical(ids, placement, -1), ValueError, "rank: expected at least 0, got -1"),
+        (lambda: eplb.to_physical(ids, placement, jnp.int32(-2)), ValueError, "rank: expected at least 0, got -2"),
+        (lambda: eplb.to_physical(ids, placement, 1.0), TypeError, "rank: expected an int, got float 1.0"),
+        (
+            lambda: eplb.to_physical(ids, placement, ids),
+            TypeError,
+            "rank: expected one integer, got int32 of shape [2, 2]",
+        ),
         (
             lambda: eplb.replicate_experts(grads, placement),
             ValueError,
@@ -461,7 +584,21 @@ def test_unusable_arguments():
             ValueError,
             "grads: expected arrays of shape [4, ...]",
         ),
+        *(
+            (
+                lambda op=op: op(dict(gate=jnp.ones((4, 2), jnp.int8)), placement),
+                TypeError,
+                "grads['gate']: expected a floating or complex dtype, or float0, got int8",
+            )
+            for op in (eplb.sum_replica_gradients, eplb.share_replica_gradients)
+        ),
         (lambda: recorder.init(0), ValueError, "window: expected at least 1, got 0"),
+        (lambda: eplb.LoadRecorder(2.0), TypeError, "num_experts: expected an int, got float 2.0"),
+        (
+            lambda: eplb.LoadRecorder(2, data_axes=("dp", "ep")),
+            ValueError,
+            "data_axes: expected distinct axes besides 'ep', got ('dp', 'ep')",
+        ),
         (lambda: recorder.count(ids), ValueError, "axis_name: expected an axis of the jax.shard_map around it"),
         (lambda: recorder.push(ids, ids), ValueError, "counts: expected shape [2], got shape [2, 2]"),
     ]:
@@ -491,6 +628,8 @@ def test_unusable_placements():
         assert text == "placement: expected an ExpertPlacement, got list"
         text = error_of(ValueError, beside_a_handle)
         assert text == "placement: expected None beside previous_handle, got an ExpertPlacement"
+        text = error_of(ValueError, lambda x, ids: eplb.LoadRecorder(4, data_axes="dp").count(ids))
+        assert text == "data_axes: expected an axis of the jax.shard_map around it, one of ('ep',), got 'dp'"
         text = error_of(ValueError, lambda x, ids: eplb.LoadRecorder(3).count(comm.dispatch(x, ids)[1]))
         assert text == "placement: expected one of 4 slots, got None"
         text = error_of(ValueError, lambda x, ids: four.count(comm.dispatch(x, ids)[1], slots))
@@ -513,3 +652,19 @@ def test_example(native_implementation, tmp_path):
     assert list(over_the_mean) == ["0-1", "2-3", "4-5", "6-7"]
     if "4" in sizes:  # the second and the last are of the stream that was planned for
         assert over_the_mean["2-3"] < over_the_mean["0-1"] and over_the_mean["6-7"] < over_the_mean["4-5"]
+
+
+def test_example_plots_rows_and_times(monkeypatch):
+    """Of each step, and their medians before and after a rebalancing."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    example = importlib.import_module("rebalance")
+    history = example.History(busiest=[9, 8, 4, 5], mean=[4.0] * 4, seconds=[0.3, 0.5, 0.2, 0.1], moves={2: 3})
+    figure = example.draw(history, argparse.Namespace(steps=4))
+    for panel, values, medians in zip(
+        figure.axes, ([9, 8, 4, 5], [300, 500, 200, 100]), ([8.5, 4.5], [400, 150]), strict=True
+    ):
+        assert any(np.array_equal(line.get_ydata(), values) for line in panel.lines)
+        (before, after), segments = medians, panel.collections[0].get_segments()
+        np.testing.assert_allclose(segments, [[[-0.5, before], [1.5, before]], [[1.5, after], [3.5, after]]])
+        assert panel.get_ylim()[0] == 0
+    assert [axes.get_ylabel() for axes in figure.axes] == ["rows a step", "ms a step"]

@@ -148,6 +148,22 @@ def test_config_of_another_type(mesh):
         MoECommunicator(mesh, {"topk": 2})
 
 
+def test_sizes_of_numpy(mesh):
+    """As computed from data; kept as ints, which are the same for all processes and do not overflow."""
+    with MoECommunicator(
+        mesh,
+        num_experts=np.int32(4 * mesh.size),
+        hidden_size=np.int64(8),
+        topk=np.uint8(2),
+        max_tokens_per_rank=np.int16(3),
+        dispatch_blocks=(np.int32(1), np.int32(2)),
+        implementation="reference",
+    ) as comm:
+        config = comm.config
+        sizes = config.num_experts, config.hidden_size, config.topk, config.max_tokens_per_rank, *config.dispatch_blocks
+        assert all(type(size) is int for size in sizes)
+
+
 def test_config_alone(implementation, mesh):
     config = MoECommunicatorConfig(
         num_experts=4, hidden_size=8, topk=2, max_tokens_per_rank=4, implementation=implementation

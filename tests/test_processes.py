@@ -99,6 +99,10 @@ def test_refusals(native_implementation, tmp_path, devices_each):
     assert_ended(run_processes(tmp_path, "refusals", native_implementation, 2, devices_each), [0, 0])
 
 
+def test_rebalancing(native_implementation, tmp_path):
+    assert_ended(run_processes(tmp_path, "rebalancing", native_implementation, 2, 1), [0, 0])
+
+
 @pytest.mark.parametrize("num_processes, devices_each", [(3, 1), (2, 2)], ids=["3x1", "2x2"])
 def test_killed_peer(native_implementation, tmp_path, num_processes, devices_each, shared_memory_files):
     before = shared_memory_files()

@@ -13,15 +13,19 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import programs
 import pytest
 import suite
 from jax._src import distributed
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from suite import EXPERT_MAJOR, FLAT, LOW_LATENCY, QUANTS, RANK_MAJOR, Case
 
 from jax_ep import PeerTimeoutError, _bootstrap
+from jax_ep.eplb import ExpertPlacement, LoadRecorder, count_moves, rebalance_experts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +157,111 @@ def check_killed_peer(task: Task) -> None:
     os._exit(0)
 
 
-SCENARIOS = dict(suite=check_suite, refusals=check_refusals, killed_peer=check_killed_peer)
+def check_rebalancing(task: Task) -> None:
+    jax.config.update("jax_disable_most_optimizations", task.implementation == "cpu")  # compiling is most of it
+    mesh = suite.make_mesh(task.implementation, len(jax.devices()), axis_type=AxisType.Auto)
+    check_routing_through_placements(task, mesh)
+    check_layer_that_rebalances(task, mesh)
+
+
+def check_routing_through_placements(task: Task, mesh) -> None:
+    """Against the experts one by one, and the load that was recorded; of full slots, and of some empty ones."""
+    num_experts, num_slots, tokens, hidden = 5, 4 * mesh.size, 6 * mesh.size, 16
+    rng = np.random.default_rng(0)
+    topk_ids = rng.choice(num_experts, (tokens, 2), p=[0.6, 0.1, 0.1, 0.1, 0.1]).astype(np.int32)
+    x, factors = (rng.normal(size=(rows, hidden)).astype(np.float32) for rows in (tokens, num_experts))
+    weights = rng.random((tokens, 2), np.float32)
+    wanted = x * (weights[..., None] * factors[topk_ids]).sum(1)
+    load = np.bincount(topk_ids.reshape(-1), minlength=num_experts)
+    recorder, case = LoadRecorder(num_experts), Case(mesh.size, num_tokens=6, num_experts=num_slots)
+    with suite.communicator(task.implementation, mesh, case) as comm:
+
+        @jax.jit
+        @jax.shard_map(mesh=mesh, in_specs=(*[P("ep")] * 4, P(), P()), out_specs=(P("ep"), P()))
+        def step(x, topk_ids, weights, factors, placement, window):
+            out, handle = comm.dispatch(x, topk_ids, weights, placement=placement)
+            y = comm.combine(suite.apply_experts(out, factors), handle)
+            return y, recorder.record(window, handle, placement)
+
+        tokens = [suite.put(array, mesh, P("ep")) for array in (x, topk_ids, weights)]
+        window = recorder.init(2)
+        planned = rebalance_experts(load[None], num_slots, 1, 1, mesh.size).physical_to_logical[0]
+        for slots in (planned, [*range(num_experts), *[-1] * (num_slots - num_experts)]):
+            placement = ExpertPlacement.from_slots(slots, num_experts)
+            y, window = step(*tokens, suite.put(factors[slots], mesh, P("ep")), placement, window)
+            for index, part in suite.local(y):
+                np.testing.assert_allclose(part, wanted[index], rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(window, [load, load])
+        comm.check()
+
+
+def check_layer_that_rebalances(task: Task, mesh) -> None:
+    """With Adam, every second step: experts and moments move bit for bit, and so do their replicas."""
+    import optax
+    from flax import nnx
+
+    from jax_ep.nn import MoE, Router
+
+    num_experts, hidden, every = 6, 16, 2
+    case = Case(mesh.size, num_tokens=8, num_experts=4 * mesh.size, hidden_size=hidden)
+    comm = suite.communicator(task.implementation, mesh, case)
+
+    @nnx.jit
+    def create():
+        rngs = nnx.Rngs(0)
+        router = Router(hidden, num_experts, 2, selection_bias=True, rngs=rngs)
+        router.bias[...] = jnp.array([0.0, 0, 0, 0, 9, 9])  # nearly all tokens to the last two
+        layer = MoE(router, 8, communicator=comm, num_slots=4 * mesh.size, load_window=every, rngs=rngs)
+        # Moments alone, and the same outputs in each step.
+        return layer, nnx.Optimizer(layer, optax.adam(0.0), wrt=nnx.Param)
+
+    layer, optimizer = create()
+    x = suite.put(np.random.default_rng(0).normal(size=(8 * mesh.size, hidden)).astype(np.float32), mesh, P("ep"))
+
+    @nnx.jit
+    def step(layer, optimizer, x):
+        def loss(layer):
+            y, aux = layer(x)
+            return jnp.square(y - x).mean(), (y, aux)
+
+        (_, (y, aux)), gradients = nnx.value_and_grad(loss, has_aux=True)(layer)
+        optimizer.update(layer, gradients)
+        layer.record_load(aux)
+        return y
+
+    def by_expert() -> tuple[np.ndarray, dict]:
+        slots = np.asarray(layer.slots[...])
+        for theirs in multihost_utils.process_allgather(slots):
+            np.testing.assert_array_equal(theirs, slots)
+        adam = optimizer.opt_state[0]
+        trees = dict(kernels=nnx.state(layer, nnx.Param), mu=adam.mu, nu=adam.nu)
+        arrays = {(kind, name): tree[name][...] for kind, tree in trees.items() for name in ("gate", "up", "down")}
+        arrays = {name: multihost_utils.process_allgather(array, tiled=True) for name, array in arrays.items()}
+        first = np.array([np.flatnonzero(slots == expert)[0] for expert in range(num_experts)])
+        for array in arrays.values():
+            assert array.any()
+            np.testing.assert_array_equal(array[first][slots], array)
+        return slots, {name: array[first] for name, array in arrays.items()}
+
+    with jax.numpy_dtype_promotion("standard"):  # which optax needs
+        step(layer, optimizer, x)
+        assert layer.rebalance(optimizer, every=every, slack=None) == 0
+        outputs = list(suite.local(step(layer, optimizer, x)))
+        old, before = by_expert()
+        moves = layer.rebalance(optimizer, every=every, slack=None)
+        new, after = by_expert()
+        assert 0 < moves == count_moves(old[None], new[None], mesh.size)[0]
+        jax.tree.map(np.testing.assert_array_equal, after, before)
+        for (_, got), (_, want) in zip(suite.local(step(layer, optimizer, x)), outputs, strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4)
+        by_expert()
+    comm.check()
+    comm.destroy()
+
+
+SCENARIOS = dict(
+    suite=check_suite, refusals=check_refusals, rebalancing=check_rebalancing, killed_peer=check_killed_peer
+)
 
 
 def main() -> None:

@@ -12,13 +12,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from jax_ep._checks import expect, expect_int
+from jax_ep._checks import expect, expect_int, expect_number
 from jax_ep.eplb._planner import (
     ROUNDING,
     Cluster,
     Placement,
     checked_cluster,
     checked_load,
+    checked_map,
     checked_slots,
     gpu_loads,
     in_order,
@@ -45,11 +46,11 @@ def replan_experts(
     - there are none if the current placement is balanced as well as that, and hierarchical where the plan must be.
 
     Beyond that, few moves are found by local search, without a guarantee that none fewer would do. Experts that stay on
-    their GPU stay in their slot.
+    their GPU stay in their slot. Empty slots are filled in layers that are planned anew, and left in the others.
 
     Args:
       load: `[layers, E]`, tokens per expert; any real dtype.
-      current: int `[layers, P]`, the expert in each slot now: `Placement.physical_to_logical`.
+      current: int `[layers, P]`, the expert in each slot now, -1 in empty slots: `Placement.physical_to_logical`.
       num_groups, num_nodes, num_gpus: as in `rebalance_experts`.
       slack: how much more than the plain plan's largest GPU load a GPU may get, as a fraction of it; 0 or more.
 
@@ -57,13 +58,15 @@ def replan_experts(
       The placement, with P slots as now.
 
     Raises:
-      TypeError, ValueError: as `rebalance_experts`; or `current` does not hold every expert, or `slack` is negative.
+      TypeError, ValueError: as `rebalance_experts`; or `current` does not hold every expert, or `slack` is no number or
+        negative.
     """
     scaled = checked_load(load)
     slots = checked_slots("current", current, *scaled.shape)
-    expect_int("num_gpus", num_gpus)
+    num_gpus = expect_int("num_gpus", num_gpus)
     expect(slots.shape[1] % num_gpus == 0, "current", f"a multiple of num_gpus={num_gpus} slots", slots.shape[1])
     cluster = checked_cluster(scaled.shape[1], slots.shape[1], num_groups, num_nodes, num_gpus)
+    slack = expect_number("slack", slack)
     expect(0 <= slack < np.inf, "slack", "a finite number of at least 0", slack)
     plain = plan(scaled, cluster)
     limits = gpu_loads(scaled, plain, num_gpus).max(axis=1) * (1 + slack) * (1 + ROUNDING)
@@ -84,23 +87,25 @@ def count_moves(current: ArrayLike, new: ArrayLike, num_gpus: int) -> np.ndarray
     """How many experts' weights GPUs must fetch to get from one placement to another.
 
     Args:
-      current: int `[layers, P]`, the expert in each slot now.
-      new: int `[layers, P]`, the expert in each slot afterwards.
+      current: int `[layers, P]`, the expert in each slot now, -1 in empty slots.
+      new: int `[layers, P]`, the same afterwards.
       num_gpus: GPUs; a divisor of P.
 
     Returns:
-      int64 `[layers]`, the slots of `new` whose expert is in none of the same GPU's slots of `current`.
+      int64 `[layers]`, the slots of `new` whose expert is in none of the same GPU's slots of `current`. Nothing is
+      fetched for slots that become or stay empty.
 
     Raises:
-      ValueError: the shapes differ or `num_gpus` does not divide P.
+      TypeError: a placement has no integer dtype, or `num_gpus` is no int.
+      ValueError: the shapes differ, `num_gpus` does not divide P, or a slot has neither an expert nor -1.
     """
-    before, after = np.asarray(current), np.asarray(new)
-    expect(before.ndim == 2, "current", "shape [layers, P]", f"shape {list(before.shape)}")
+    before, after = checked_map("current", current), checked_map("new", new)
     expect(after.shape == before.shape, "new", f"shape {list(before.shape)}", f"shape {list(after.shape)}")
-    expect(num_gpus > 0 and before.shape[1] % num_gpus == 0, "num_gpus", f"a divisor of {before.shape[1]}", num_gpus)
+    num_gpus = expect_int("num_gpus", num_gpus)
+    expect(before.shape[1] % num_gpus == 0, "num_gpus", f"a divisor of {before.shape[1]}", num_gpus)
     before, after = (slots.reshape(len(slots), num_gpus, -1) for slots in (before, after))
     stays = (after[..., :, None] == before[..., None, :]).any(axis=-1)
-    return np.count_nonzero(~stays, axis=(1, 2))
+    return np.count_nonzero(~stays & (after >= 0), axis=(1, 2))
 
 
 # ---- the plain plan, with its GPUs renumbered -----------------------------------------------------------------------
@@ -110,7 +115,8 @@ def _renumber(plain: np.ndarray, current: np.ndarray, cluster: Cluster, num_expe
     """`plain` `[layers, P]` with whole GPUs, and whole nodes, in the order of the fewest moves."""
     num_layers, nodes = len(plain), cluster.num_nodes
     gpus = cluster.num_gpus // nodes
-    held = np.zeros((num_layers, nodes, gpus, num_experts), bool)
+    # The last is that of empty slots.
+    held = np.zeros((num_layers, nodes, gpus, num_experts + 1), bool)
     np.put_along_axis(held, current.reshape(num_layers, nodes, gpus, -1), True, axis=-1)
     on_nodes = plain.reshape(num_layers, nodes, gpus, -1)
     layer, old_node, _, old_gpu, _, _ = np.ogrid[:num_layers, :nodes, :1, :gpus, :1, :1]
@@ -184,8 +190,8 @@ def _in_their_places(here: np.ndarray, found: np.ndarray) -> np.ndarray:
 
 def _nodes_of_groups(slots: np.ndarray, cluster: Cluster, num_experts: int) -> np.ndarray | None:
     """The node of each group, or None where groups are not whole, or nodes have unequal numbers of them."""
-    groups = slots.reshape(cluster.num_nodes, -1) // (num_experts // cluster.num_groups)
-    per_node = [np.unique(row) for row in groups]
+    per_node = [np.unique(row[row >= 0]) for row in slots.reshape(cluster.num_nodes, -1)]
+    per_node = [np.unique(experts // (num_experts // cluster.num_groups)) for experts in per_node]
     if any(len(mine) != cluster.num_groups // cluster.num_nodes for mine in per_node):
         return None
     # As many groups as places for them: if each has a place, none has two.
@@ -256,7 +262,7 @@ def _fewest(per_node: list[_Node], starts: list[list[np.ndarray]]) -> tuple[np.n
 class _Node(NamedTuple):
     """One node's part of a layer: n experts, numbered from 0, on its GPUs. The whole layer where planning is global.
 
-    Slots `[GPUs, slots per GPU]` hold these numbers; -1 is an expert of another node.
+    Slots `[GPUs, slots per GPU]` hold these numbers; -1 is an expert of another node, or an empty slot.
     """
 
     experts: np.ndarray  # [n], ascending: which they are
@@ -269,7 +275,7 @@ class _Node(NamedTuple):
     def of(load: np.ndarray, old: np.ndarray, experts: np.ndarray, limit: float) -> _Node:
         numbers = np.full(len(load), -1)
         numbers[experts] = np.arange(len(experts))
-        old = numbers[old]
+        old = np.where(old >= 0, numbers[old], -1)
         home = np.zeros((len(old), len(experts)), bool)
         gpu, slot = np.nonzero(old >= 0)
         home[gpu, old[gpu, slot]] = True
@@ -288,7 +294,8 @@ class _Node(NamedTuple):
         return in_order((self.load / self.counts(slots))[slots])
 
     def complete(self) -> np.ndarray:
-        """The old slots, with the experts that are missing, then with replicas, in those of other nodes' experts."""
+        """The old slots, with the experts that are missing, then with replicas, in those of other nodes' experts and in
+        empty ones."""
         slots = self.old.copy()
         counts = np.bincount(slots[slots >= 0], minlength=len(self.load))
         missing = np.flatnonzero(counts == 0)

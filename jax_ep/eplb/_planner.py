@@ -31,14 +31,16 @@ def rebalance_experts(load: ArrayLike, num_replicas: int, num_groups: int, num_n
     """Replicates the most loaded experts, and places all so that GPUs are as evenly loaded as it finds.
 
     If `num_nodes` divides `num_groups`, the plan is hierarchical: whole groups of experts go to nodes, and an expert's
-    replicas to GPUs of its node. Otherwise groups and nodes play no part. No layer's largest GPU load is above that of
-    EPLB (DeepSeek, 2025, https://github.com/deepseek-ai/EPLB), whose steps these are, each followed by exchanges.
+    replicas to GPUs of its node. Otherwise it is global: groups and nodes may be any, and play no part. No layer's
+    largest GPU load is above that of EPLB (DeepSeek, 2025, https://github.com/deepseek-ai/EPLB), whose steps these are,
+    each followed by exchanges.
 
     Args:
       load: `[layers, E]`, tokens per expert, or anything proportional; any real dtype.
       num_replicas: P, physical slots of a layer on all GPUs; a multiple of `num_gpus`, at least E.
-      num_groups: groups of E / num_groups consecutive experts, from which a group-limited router chooses; else 1.
-      num_nodes: nodes; a divisor of `num_gpus`.
+      num_groups: groups of E / num_groups consecutive experts, from which a group-limited router chooses; else 1. A
+        divisor of E where the plan is hierarchical.
+      num_nodes: nodes; a divisor of `num_gpus` where the plan is hierarchical.
       num_gpus: GPUs, or ranks, each with P / num_gpus slots.
 
     Returns:
@@ -58,7 +60,7 @@ def gpu_imbalance(load: ArrayLike, physical_to_logical: ArrayLike, num_gpus: int
 
     Args:
       load: `[layers, E]`, tokens per expert; any real dtype.
-      physical_to_logical: int `[layers, P]`, the expert in each slot.
+      physical_to_logical: int `[layers, P]`, the expert in each slot, -1 in empty slots.
       num_gpus: GPUs; a divisor of P.
 
     Returns:
@@ -69,7 +71,7 @@ def gpu_imbalance(load: ArrayLike, physical_to_logical: ArrayLike, num_gpus: int
     """
     scaled = checked_load(load)
     slots = checked_slots("physical_to_logical", physical_to_logical, *scaled.shape)
-    expect_int("num_gpus", num_gpus)
+    num_gpus = expect_int("num_gpus", num_gpus)
     expect(slots.shape[1] % num_gpus == 0, "num_gpus", f"a divisor of the {slots.shape[1]} slots", num_gpus)
     total = in_order(scaled)
     largest = gpu_loads(scaled, slots, num_gpus).max(axis=1)
@@ -97,30 +99,37 @@ def checked_load(load: ArrayLike) -> np.ndarray:
 
 
 def checked_cluster(num_experts: int, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int) -> Cluster:
-    for argument, value in (("num_groups", num_groups), ("num_nodes", num_nodes), ("num_gpus", num_gpus)):
-        expect_int(argument, value)
-    expect_int("num_replicas", num_replicas)
+    num_groups, num_nodes = expect_int("num_groups", num_groups), expect_int("num_nodes", num_nodes)
+    num_gpus, num_replicas = expect_int("num_gpus", num_gpus), expect_int("num_replicas", num_replicas)
     expect(num_replicas >= num_experts, "num_replicas", f"at least the {num_experts} experts", num_replicas)
     expect(num_replicas % num_gpus == 0, "num_replicas", f"a multiple of num_gpus={num_gpus}", num_replicas)
-    expect(num_gpus % num_nodes == 0, "num_gpus", f"a multiple of num_nodes={num_nodes}", num_gpus)
-    expect(num_experts % num_groups == 0, "num_groups", f"a divisor of the {num_experts} experts", num_groups)
     if num_groups % num_nodes:
         return Cluster(num_replicas, 1, 1, num_gpus)
+    expect(num_gpus % num_nodes == 0, "num_gpus", f"a multiple of num_nodes={num_nodes}", num_gpus)
+    expect(num_experts % num_groups == 0, "num_groups", f"a divisor of the {num_experts} experts", num_groups)
     return Cluster(num_replicas, num_groups, num_nodes, num_gpus)
 
 
-def checked_slots(argument: str, physical_to_logical: ArrayLike, num_layers: int, num_experts: int) -> np.ndarray:
-    """int64 `[layers, P]`."""
+def checked_map(argument: str, physical_to_logical: ArrayLike) -> np.ndarray:
+    """int64 `[layers, P]`, with -1 in empty slots."""
     slots = np.asarray(physical_to_logical)
     if slots.dtype.kind not in "iu":
         raise TypeError(f"{argument}: expected an integer dtype, got {slots.dtype}")
-    fits = slots.ndim == 2 and slots.shape[0] == num_layers
-    expect(fits, argument, f"shape [{num_layers}, P]", f"shape {list(slots.shape)}")
-    outside = slots[(slots < 0) | (slots >= num_experts)]
-    expect(not outside.size, argument, f"experts from 0 to {num_experts - 1}", outside[:1].tolist())
-    missing = np.argwhere(replica_counts(slots.astype(np.int64), num_experts) == 0)
+    expect(slots.ndim == 2, argument, "shape [layers, P]", f"shape {list(slots.shape)}")
+    slots = slots.astype(np.int64)
+    expect(not (slots < -1).any(), argument, "experts from 0 on, or -1", slots[slots < -1][:1].tolist())
+    return slots
+
+
+def checked_slots(argument: str, physical_to_logical: ArrayLike, num_layers: int, num_experts: int) -> np.ndarray:
+    """int64 `[layers, P]` that hold every expert, with -1 in empty slots."""
+    slots = checked_map(argument, physical_to_logical)
+    expect(len(slots) == num_layers, argument, f"shape [{num_layers}, P]", f"shape {list(slots.shape)}")
+    outside = slots[slots >= num_experts]
+    expect(not outside.size, argument, f"-1 or experts from 0 to {num_experts - 1}", outside[:1].tolist())
+    missing = np.argwhere(replica_counts(slots, num_experts) == 0)
     expect(not missing.size, argument, "every expert in every layer", f"none of [layer, expert] {missing[:1].tolist()}")
-    return slots.astype(np.int64)
+    return slots
 
 
 # ---- loads ----------------------------------------------------------------------------------------------------------
@@ -134,13 +143,15 @@ def in_order(values: np.ndarray) -> np.ndarray:
 def replica_counts(slots: np.ndarray, num_experts: int) -> np.ndarray:
     """int64 `[layers, E]` of `[layers, P]`."""
     layers = np.arange(slots.shape[0])[:, None] * num_experts
-    return np.bincount((slots + layers).reshape(-1), minlength=slots.shape[0] * num_experts).reshape(-1, num_experts)
+    counts = np.bincount((slots + layers)[slots >= 0], minlength=slots.shape[0] * num_experts)
+    return counts.reshape(-1, num_experts)
 
 
 def gpu_loads(load: np.ndarray, slots: np.ndarray, num_gpus: int) -> np.ndarray:
     """`[layers, num_gpus]` of slots that hold every expert."""
     per_replica = load / replica_counts(slots, load.shape[1])
-    return in_order(np.take_along_axis(per_replica, slots, 1).reshape(slots.shape[0], num_gpus, -1))
+    per_slot = np.where(slots >= 0, np.take_along_axis(per_replica, np.maximum(slots, 0), 1), 0)
+    return in_order(per_slot.reshape(slots.shape[0], num_gpus, -1))
 
 
 def placement(slots: np.ndarray, num_experts: int) -> Placement:
@@ -150,9 +161,11 @@ def placement(slots: np.ndarray, num_experts: int) -> Placement:
     inverse = np.full((num_layers, num_experts, counts.max(initial=1)), -1, np.int32)
     by_expert = np.argsort(slots, axis=1, kind="stable")
     experts = np.take_along_axis(slots, by_expert, 1)
-    first = np.cumsum(counts, axis=1) - counts
-    replica = np.arange(num_slots) - np.take_along_axis(first, experts, 1)
-    inverse[np.arange(num_layers)[:, None], experts, replica] = by_expert
+    # Empty slots come first.
+    first = np.cumsum(counts, axis=1) - counts + np.count_nonzero(slots < 0, axis=1)[:, None]
+    replica = np.arange(num_slots) - np.take_along_axis(first, np.maximum(experts, 0), 1)
+    layer, at = np.nonzero(experts >= 0)
+    inverse[layer, experts[layer, at], replica[layer, at]] = by_expert[layer, at]
     return Placement(slots.astype(np.int32), inverse, counts.astype(np.int32))
 
 

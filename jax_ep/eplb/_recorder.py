@@ -23,19 +23,26 @@ class LoadRecorder:
     Args:
       num_experts: E, logical experts.
       axis_name: the communicator's mesh axis.
-      data_axes: further mesh axes whose positions have tokens of their own.
+      data_axes: further mesh axes whose positions have tokens of their own; a name or several.
+
+    Raises:
+      ValueError, TypeError: an argument is unusable; the text names it, what was expected and what came.
     """
 
     num_experts: int
     axis_name: str = "ep"
-    data_axes: tuple[str, ...] = ()
+    data_axes: str | tuple[str, ...] = ()
 
     def __post_init__(self):
-        expect_int("num_experts", self.num_experts)
+        axes = (self.data_axes,) if isinstance(self.data_axes, str) else tuple(self.data_axes)
+        distinct = len(set(axes) - {self.axis_name}) == len(axes)
+        expect(distinct, "data_axes", f"distinct axes besides {self.axis_name!r}", axes)
+        object.__setattr__(self, "num_experts", expect_int("num_experts", self.num_experts))
+        object.__setattr__(self, "data_axes", axes)
 
     def init(self, window: int) -> Array:
         """int32 `[window, E]`, zeros: a window of that many steps."""
-        expect_int("window", window)
+        window = expect_int("window", window)
         return jnp.zeros((window, self.num_experts), jnp.int32)
 
     def record(
@@ -71,7 +78,8 @@ class LoadRecorder:
         axes = (self.axis_name, *self.data_axes)
         manual = jax.sharding.get_abstract_mesh().manual_axes
         for axis in axes:
-            expect(axis in manual, "axis_name", f"an axis of the jax.shard_map around it, one of {manual}", repr(axis))
+            argument = "axis_name" if axis == self.axis_name else "data_axes"
+            expect(axis in manual, argument, f"an axis of the jax.shard_map around it, one of {manual}", repr(axis))
         if isinstance(received, DispatchOutput | DispatchHandle):
             experts, counts = self._of_slots(received, placement)
         else:

@@ -88,6 +88,7 @@ class MoE(nnx.Module):
         `communicator.destroy()` frees what it holds.
       slots: with `num_slots`, the expert in each, an `ExpertSlots`. At first as if all experts were equally loaded.
       recorded_load: with `num_slots`, what `record_load` was given last, a `RecordedLoad`.
+      steps_since_plan: with `num_slots`, what `rebalance` counts with `every`, a `StepsSincePlan`.
 
     Raises:
       ValueError, TypeError: an argument is unusable; the text names it, what was expected and what came.
@@ -118,9 +119,9 @@ class MoE(nnx.Module):
         for name in ("hidden_size", "num_experts", "topk"):
             if not hasattr(router, name):
                 raise TypeError(f"router: expected a Router, or a module with its {name}, got {type(router).__name__}")
-        expect_int("intermediate_size", intermediate_size)
-        expect_int("num_shared_experts", num_shared_experts, minimum=0)
-        expect_int("load_window", load_window)
+        intermediate_size = expect_int("intermediate_size", intermediate_size)
+        num_shared_experts = expect_int("num_shared_experts", num_shared_experts, minimum=0)
+        load_window = expect_int("load_window", load_window)
         if grouped_matmul is not None and not callable(grouped_matmul):
             raise TypeError(f"grouped_matmul: expected a callable, got {type(grouped_matmul).__name__}")
         param_dtype = expect_dtype("param_dtype", param_dtype, _ffi.DTYPES)
@@ -139,7 +140,7 @@ class MoE(nnx.Module):
         self.expert_axis, self.tensor_axis = expert_axis, tensor_axis
         _check_axes(mesh, expert_axis, self.data_axes, tensor_axis, intermediate_size)
         if num_slots is not None:
-            _check_slots(num_slots, router.num_experts, mesh.shape[expert_axis])
+            num_slots = _checked_slots(num_slots, router.num_experts, mesh.shape[expert_axis])
         self.dtype = expect_dtype("dtype", jnp.bfloat16 if dtype is None else dtype, _ffi.DTYPES)
         if communicator is None:
             communicator = _make_communicator(
@@ -151,13 +152,15 @@ class MoE(nnx.Module):
         hidden, experts, axes = router.hidden_size, router.num_experts, (expert_axis, None, tensor_axis)
         self.num_slots, slots = num_slots, None
         if num_slots is None:
-            self.slots = self.recorded_load = None
+            self.slots = self.recorded_load = self.steps_since_plan = None
         else:
             self._recorder = LoadRecorder(experts, expert_axis, self.data_axes)
             slots = _rebalance.initial_slots(experts, num_slots, mesh.shape[expert_axis])
             self.slots = _rebalance.ExpertSlots(jnp.asarray(slots), out_sharding=(None,), mesh=mesh)
             window = self._recorder.init(load_window)
             self.recorded_load = _rebalance.RecordedLoad(window, out_sharding=(None, None), mesh=mesh)
+            none = jnp.zeros((1,), jnp.int32)
+            self.steps_since_plan = _rebalance.StepsSincePlan(none, out_sharding=(None,), mesh=mesh)
 
         def kernels(shape, axes):
             def one(key):
@@ -190,7 +193,7 @@ class MoE(nnx.Module):
         Raises:
           ValueError: the layer has no `num_slots`.
         """
-        _, recorded = self._slots_and_load("record_load")
+        _, recorded, _ = self._rebalanced("record_load")
         counts: Any = aux.tokens_per_expert
         recorded[...] = self._recorder.push(recorded[...], counts)
 
@@ -199,6 +202,7 @@ class MoE(nnx.Module):
         optimizer: nnx.Optimizer | None = None,
         model: nnx.Module | None = None,
         *,
+        every: int | None = None,
         slack: float | None = 0.05,
         num_groups: int = 1,
         num_nodes: int = 1,
@@ -215,19 +219,29 @@ class MoE(nnx.Module):
           optimizer: whose state of this layer's kernels moves with them. Other state by expert, as an average of
             parameters, is for `jax_ep.eplb.transfer_experts`, from `slots[...]` before to those afterwards.
           model: which `optimizer` was made for; default this layer alone.
+          every: for a loop that calls this after each step: the calls of which one plans, the others only count. The
+            count, `steps_since_plan`, is part of the layer's state, and begins anew with each plan. Nearly all other
+            calls return without waiting for the step.
           slack: as for `jax_ep.eplb.replan_experts`; None plans by `rebalance_experts`, wherever the experts are now.
           num_groups, num_nodes: as for both.
           communicator, donate: as for `jax_ep.eplb.transfer_experts`.
 
         Returns:
-          The moves: slots whose expert another rank had to send.
+          The moves: slots whose expert another rank had to send. 0 from a call that only counts.
 
         Raises:
           ValueError, TypeError: an argument is unusable, or the layer has no `num_slots`.
           RuntimeError, PeerTimeoutError: as `jax_ep.eplb.transfer_experts`.
         """
-        slots, recorded = self._slots_and_load("rebalance")
+        slots, recorded, steps = self._rebalanced("rebalance")
+        count = 0 if every is None else _rebalance.count_step(self, steps, expect_int("every", every))
+        if count is None:
+            return 0
+        # Also on the first call of many: errors should not come as late as the first plan.
         variables = self._variables_by_slot(optimizer, self if model is None else model)
+        if every is not None and count < every:
+            return 0
+        steps[...] = _rebalance.placed_like(np.zeros(steps[...].shape), steps[...])
         num_gpus = self.communicator.num_ranks
         cluster = dict(num_groups=num_groups, num_nodes=num_nodes, num_gpus=num_gpus)
         old, load = np.asarray(slots[...]), np.asarray(recorded[...]).sum(-2, dtype=np.int64)
@@ -247,14 +261,17 @@ class MoE(nnx.Module):
         names = ("gate", "up", "down")
         states: list[nnx.Variable] = []
         if optimizer is not None:
+            path = _rebalance.path_of(self, model)
             for name in names:
-                states += _rebalance.states_of(optimizer, model, _rebalance.path_of(self, model) + (name,))
+                states += _rebalance.states_of(optimizer, model, (*path, name))
+            _rebalance.expect_no_other_state_by_slot(optimizer, self.gate[...].shape[-3])
         return [*(getattr(self, name) for name in names), *states]
 
-    def _slots_and_load(self, op: str) -> tuple[_rebalance.ExpertSlots, _rebalance.RecordedLoad]:
-        if self.slots is None or self.recorded_load is None:
+    def _rebalanced(self, op: str):
+        """The slots, the recorded load, and the steps since the last plan."""
+        if self.slots is None:
             raise ValueError(f"num_slots: expected a number of slots for {op}, got None")
-        return self.slots, self.recorded_load
+        return self.slots, self.recorded_load, self.steps_since_plan
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, MoEAux]:
         """Sends each token through its experts, and adds up what they make of it, weighted.
@@ -364,10 +381,11 @@ def _check_axes(mesh: Mesh, expert_axis, data_axes, tensor_axis, intermediate_si
         expect(intermediate_size % size == 0, "intermediate_size", multiple, intermediate_size)
 
 
-def _check_slots(num_slots, num_experts: int, num_ranks: int) -> None:
-    expect_int("num_slots", num_slots)
+def _checked_slots(num_slots, num_experts: int, num_ranks: int) -> int:
+    num_slots = expect_int("num_slots", num_slots)
     expect(num_slots >= num_experts, "num_slots", f"at least the {num_experts} experts", num_slots)
     expect(num_slots % num_ranks == 0, "num_slots", f"a multiple of the {num_ranks} ranks", num_slots)
+    return num_slots
 
 
 def _check_communicator(communicator, router: Router, num_slots: int | None, dtype, own: dict) -> None:
@@ -392,7 +410,7 @@ def _check_communicator(communicator, router: Router, num_slots: int | None, dty
 def _make_communicator(
     mesh: Mesh, axis_name: str, router: Router, num_slots, dtype, max_tokens_per_rank, capacity_factor, implementation
 ) -> MoECommunicator:
-    expect_int("max_tokens_per_rank", max_tokens_per_rank)
+    max_tokens_per_rank = expect_int("max_tokens_per_rank", max_tokens_per_rank)
     capacity = None
     if capacity_factor is not None:
         expect(capacity_factor > 0, "capacity_factor", "a positive number", capacity_factor)

@@ -88,9 +88,12 @@ class Router(nnx.Module):
         rngs: nnx.Rngs,
     ):
         topk_groups = num_groups if topk_groups is None else topk_groups
-        sizes = dict(hidden_size=hidden_size, num_experts=num_experts, topk=topk)
-        for name, value in (sizes | dict(num_groups=num_groups, topk_groups=topk_groups)).items():
-            expect_int(name, value)
+        sizes = dict(
+            hidden_size=hidden_size, num_experts=num_experts, topk=topk, num_groups=num_groups, topk_groups=topk_groups
+        )
+        hidden_size, num_experts, topk, num_groups, topk_groups = (
+            expect_int(name, value) for name, value in sizes.items()
+        )
         expect(score in _SCORES, "score", '"softmax" or "sigmoid"', repr(score))
         expect(num_experts % num_groups == 0, "num_groups", f"a divisor of the {num_experts} experts", num_groups)
         expect(topk_groups <= num_groups, "topk_groups", f"at most {num_groups}, the num_groups", topk_groups)
