@@ -46,6 +46,7 @@ if [ "$gpus" -gt 1 ]; then
   part stress-low-latency 300 python3 -m jax_ep.bench --workload decode --stress 200000
   part transfer 120 python3 -m jax_ep.bench --transfer --json "$logs/transfer.json"
 fi
+part experts 300 python3 -m jax_ep.bench --experts 64 --json "$logs/experts.json"
 # What the tables of docs/performance.md are made of.
 bench="python3 -m jax_ep.bench --skip-stock --no-comparisons"
 for devices in 1 2 4; do

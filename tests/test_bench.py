@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +22,12 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
-from jax_ep.bench import baselines, comparisons, report, rows, stages, stock, stress, timing, verify
+from jax_ep.bench import baselines, comparisons, experts, report, rows, stages, stock, stress, timing, verify
+from jax_ep.bench.__main__ import Run
 from jax_ep.bench.layer import Layer, Received
 from jax_ep.bench.ops import all_ops, num_ops
 from jax_ep.bench.problem import Problem
-from jax_ep.bench.results import Baseline, Ceilings, Row, Times, fastest
+from jax_ep.bench.results import Baseline, Ceilings, Product, Row, Times, fastest
 from jax_ep.bench.workloads import WORKLOADS, Traffic, Workload
 
 TINY, TINY_DECODE = WORKLOADS["tiny"], WORKLOADS["tiny-decode"]
@@ -330,6 +332,114 @@ def test_low_latency_stress_draws_distinct_experts_and_idle_ranks(mesh):
     assert 0 < is_idle.mean() < 0.5 and len(np.unique((draws >= 0).any(-1).sum(-1))) > 5
 
 
+# The experts' grouped matrix product.
+
+
+@pytest.fixture(scope="module")
+def tiny_experts():
+    return experts.Experts(suite.make_mesh("cpu", 1, axis_type=jax.sharding.AxisType.Auto), TINY, 4)
+
+
+def test_sizes_of_groups():
+    assert experts.even_groups(10, 4).tolist() == [2, 3, 2, 3]
+    skewed = experts.skewed_groups(1000, 4, 1.0)
+    assert skewed.sum() == 1000 and 400 < skewed.max() < 560 and 60 < skewed.min() < 180
+
+
+def test_verification_of_products_is_a_loop_over_groups():
+    rng, sizes = np.random.default_rng(0), np.array([4, 0, 5], np.int32)
+    x, kernels, gradients = (rng.normal(size=size).astype(jnp.bfloat16) for size in ((12, 8), (3, 8, 5), (12, 5)))
+    right = tuple(np.full_like(like, np.nan) for like in (gradients, x, kernels))
+    for i, (start, end) in enumerate(((0, 4), (4, 4), (4, 9))):
+        rows, kernel, gradient = (a.astype(np.float64) for a in (x[start:end], kernels[i], gradients[start:end]))
+        right[0][start:end] = rows @ kernel
+        right[1][start:end] = gradient @ kernel.T
+        right[2][i] = rows.T @ gradient
+    operands = x, kernels, gradients, sizes
+
+    def num_wrong(results) -> int:
+        return int(experts.num_wrong(results, *operands, largest_group=5))
+
+    assert num_wrong(right) == num_wrong(right[:1]) == 0
+    for result, index, change in ((0, (8, 4), 0.3), (0, (0, 0), np.nan), (1, (4, 7), 0.3), (2, (1, 0, 0), 1e-3)):
+        wrong = tuple(a.copy() for a in right)
+        wrong[result][index] += np.asarray(change, jnp.bfloat16)
+        assert num_wrong(wrong) == 1
+    assert num_wrong((np.roll(right[0], 1, axis=0),)) > 30
+
+
+def test_products_with_tokamax(tiny_experts, monkeypatch):
+    matmul = pytest.importorskip("jax_ep.nn._matmul")
+    fake = types.ModuleType("tokamax")
+    fake.ragged_dot = lambda rows, kernels, sizes: lax.ragged_dot(rows, kernels, sizes)
+    monkeypatch.setitem(sys.modules, "tokamax", fake)
+    matmul._has_tokamax.cache_clear()
+    try:
+        assert experts.backends() == {
+            "jax.lax.ragged_dot": lax.ragged_dot,
+            "tokamax.ragged_dot": matmul._tokamax_ragged_dot,
+        }
+        dense, *products = experts.measure_experts(tiny_experts, "tokamax.ragged_dot, even groups, forward + backward")
+    finally:
+        matmul._has_tokamax.cache_clear()
+    (product,) = products
+    assert (dense.name, dense.error, dense.dense_times) == ("dense matmul, forward + backward", None, None)
+    assert (product.error, product.dense_times) == (None, dense.times)
+    assert product.flops == dense.flops == 3 * 2 * 128 * 64 * 32
+    assert product.flop_per_s == product.flops / product.times.median
+    monkeypatch.setitem(sys.modules, "jax_ep.nn._matmul", None)  # as without Flax
+    assert list(experts.backends()) == ["jax.lax.ragged_dot"]
+
+
+@jax.custom_vjp
+def sums_rows_beyond_groups(rows, kernels, sizes):
+    return lax.ragged_dot(rows, kernels, sizes)
+
+
+def all_rows_to_the_last(saved, gradients):
+    rows, kernels, sizes = saved
+    sizes = sizes.at[-1].add(rows.shape[0] - jnp.sum(sizes, dtype=jnp.int32))
+    return *jax.vjp(lambda rows, kernels: lax.ragged_dot(rows, kernels, sizes), rows, kernels)[1](gradients), None
+
+
+sums_rows_beyond_groups.defvjp(lambda *args: (lax.ragged_dot(*args), args), all_rows_to_the_last)
+
+
+def test_products_with_wrong_results_fail(tiny_experts, monkeypatch):
+    def of_the_next_group(rows, kernels, sizes):
+        return lax.ragged_dot(rows, jnp.roll(kernels, 1, axis=0), sizes)
+
+    def fails(rows, kernels, sizes):
+        raise NotImplementedError("no such kernel\nat all")
+
+    matmuls = dict(next=of_the_next_group, fails=fails, beyond=sums_rows_beyond_groups)
+    monkeypatch.setattr(experts, "backends", lambda: matmuls)
+    products = {product.name: product for product in experts.measure_experts(tiny_experts, "even")}
+    errors = {name: product.error for name, product in products.items()}
+    assert "WrongResult" in errors["next, even groups, forward"]
+    assert errors["fails, even groups, forward"] == "NotImplementedError: no such kernel"
+    assert errors["beyond, even groups, forward"] is None
+    assert "WrongResult: beyond" in errors["beyond, even groups, forward + backward"]
+    assert errors["dense matmul, forward"] is None and errors["dense matmul, forward + backward"] is None
+
+
+def test_products_that_fail_are_shown(tiny_experts, capsys):
+    run = Run(baseline_timeout_s=1.0)
+    run.hear("product", dataclasses.asdict(Product("dense", 10**12, Times([1.0, 2.0, 3.0]), None)))
+    assert run.ok
+    run.hear("product", dataclasses.asdict(Product("slow", 10**12, Times([4.0]), None, Times([1.0, 2.0, 3.0]))))
+    run.hear("product", dataclasses.asdict(Product("wrong", 10**12, None, "WrongResult", Times([2.0]))))
+    assert not run.ok
+    report.print_products(json.loads(json.dumps(tiny_experts.description)), run.measured["product"])
+    lines = capsys.readouterr().out.splitlines()
+    assert "128 rows of 64, in an array of 256, times 4 kernels of 64 x 32" in lines[0] and "of 32 to 32" in lines[0]
+    cells = {line.split()[0]: line.split()[1:] for line in lines if line}
+    assert cells["dense"] == ["2000000.0", "50.0%", "0.5", "-"]
+    assert cells["slow"] == ["4000000.0", "0.0%", "0.25", "2.00"]
+    assert cells["wrong"] == ["-"] * 4
+    assert "wrong: failed: WrongResult" in lines
+
+
 # Stages.
 
 FAKE_WORKER = """
@@ -446,6 +556,19 @@ def test_command_with_two_processes(tmp_path):
     assert errors[:4] == [None, None, *["not available on cpu"] * 2] and set(errors[4:]) == {None}
     output = run_bench("--devices", 4, "--processes", 2, "--stress", 20)
     assert "20 rounds of dispatch and combine" in output and "0 with wrong sums, 0 with wrong rows" in output
+
+
+def test_command_for_experts(tmp_path):
+    file = tmp_path / "out.json"
+    output = run_bench("--experts", 2, "--only", "even", "--json", file)
+    assert "2 kernels of 64 x 32" in output and "TFLOP/s" in output
+    results = json.loads(file.read_text())
+    assert results["experts"]["group_sizes"]["even"] == [64, 64] and not results["rows"] and not results["baselines"]
+    assert [summary["product"]["error"] for summary in results["products"]] == [None] * len(results["products"])
+    in_json = {summary["product"]["name"]: summary["times_dense"] for summary in results["products"]}
+    for direction in ("forward", "forward + backward"):
+        assert in_json[f"jax.lax.ragged_dot, even groups, {direction}"] > 0
+        assert in_json[f"dense matmul, {direction}"] is None
 
 
 def test_workers_do_not_outlive_the_command():

@@ -5,6 +5,7 @@
     python -m jax_ep.bench --processes 4                     # one process per GPU
     python -m jax_ep.bench --stress 20000                    # checks instead of times
     python -m jax_ep.bench --transfer                        # experts that move between ranks
+    python -m jax_ep.bench --experts                         # the experts' grouped matrix product
 
 On a machine without GPUs it runs on `--devices` virtual CPU devices.
 """
@@ -19,13 +20,14 @@ from collections.abc import Callable
 from typing import Any
 
 from jax_ep.bench import plot, report
-from jax_ep.bench.results import Baseline, Ceilings, Comparison, Point, Row, StressResult, restored
+from jax_ep.bench.results import Baseline, Ceilings, Comparison, Point, Product, Row, StressResult, restored
 from jax_ep.bench.stages import Stage, StageFailed, run_resiliently, run_stage
 from jax_ep.bench.workloads import WORKLOADS
 
 _KINDS: dict[str, Callable] = dict(
     row=lambda data: restored(Row, data),
     comparison=lambda data: restored(Comparison, data),
+    product=lambda data: restored(Product, data),
     point=lambda data: Point(**(data | dict(row=restored(Row, data["row"])))),
 )
 
@@ -46,14 +48,23 @@ def _parse_arguments() -> argparse.Namespace:
         action=argparse.BooleanOptionalAction,
         help="dispatch beside a matrix product, command buffers, few blocks; default: on GPUs",
     )
-    parser.add_argument("--stress", type=int, metavar="N", help="N checked rounds of changing routing, nothing else")
-    parser.add_argument(
+    alone = parser.add_mutually_exclusive_group()
+    alone.add_argument("--stress", type=int, metavar="N", help="N checked rounds of changing routing, nothing else")
+    alone.add_argument(
         "--transfer",
         type=float,
         nargs="?",
         const=0.0,
         metavar="GB",
         help="experts of so many GB move between ranks, nothing else; default 8 on GPUs, 0.05 elsewhere",
+    )
+    alone.add_argument(
+        "--experts",
+        type=int,
+        nargs="?",
+        const=0,
+        metavar="L",
+        help="a grouped matrix product of a rank with L experts, nothing else; default the workload's over all devices",
     )
     parser.add_argument("--json", metavar="PATH", help="write all numbers there")
     parser.add_argument("--plot", metavar="PATH.png", help="sweep block and token counts, and draw them there")
@@ -66,6 +77,8 @@ def _parse_arguments() -> argparse.Namespace:
         parser.error("--processes: at least 1")
     if arguments.devices and arguments.devices % arguments.processes:
         parser.error("--devices: a multiple of --processes")
+    if arguments.experts is not None and (arguments.experts < 0 or arguments.processes > 1):
+        parser.error("--experts: at least 1, in one process")
     if arguments.plot and not plot.is_available():
         parser.error(plot.MISSING)
     return arguments
@@ -82,6 +95,7 @@ class Run:
         self.measured: dict[str, list] = {kind: [] for kind in _KINDS}
         self.baselines: dict[str, Baseline] = {}
         self.stress: StressResult | None = None
+        self.experts: dict[str, Any] = {}
         self.failed_stages: dict[str, str] = {}
         self._progress = report.Progress()
 
@@ -102,7 +116,9 @@ class Run:
             case "stress":
                 self.stress = StressResult(**content)
                 self._progress.step(f"{self.stress.rounds} rounds")
-            case "row" | "comparison":
+            case "experts":
+                self.experts = content
+            case "row" | "comparison" | "product":
                 self.measured[kind].append(_KINDS[kind](content))
                 self._progress.step(report.outcome(content["name"], self.measured[kind][-1]))
             case "point":
@@ -132,7 +148,7 @@ class Run:
     @property
     def ok(self) -> bool:
         """Baselines may fail: they are not ours."""
-        failed = [row for row in self.measured["row"] if row.error]
+        failed = [measured for measured in self.measured["row"] + self.measured["product"] if measured.error]
         wrong = self.stress is not None and self.stress.wrong_sums + self.stress.wrong_rows > 0
         return not failed and not wrong and not set(self.failed_stages) - {"baselines"}
 
@@ -151,13 +167,14 @@ def main() -> int:
         sweep_flags=not arguments.skip_flags,
         stress_rounds=arguments.stress or 0,
         transfer_gb=arguments.transfer or 0.0,
+        local_experts=arguments.experts or 0,
     )
     names = ["ours"] + ["baselines"] * (not arguments.skip_stock)
     run = Run(arguments.baseline_timeout)
     # Whoever ends it still gets what there is.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if arguments.stress or arguments.transfer is not None:
-        names = ["stress"] if arguments.stress else ["transfer"]
+    alone = dict(stress=arguments.stress or None, transfer=arguments.transfer, experts=arguments.experts)
+    names = [name for name, wanted in alone.items() if wanted is not None] or names
     for name in names:
         if not run.interrupted:
             run.stage(dataclasses.replace(stage, name=name), arguments.timeout)
@@ -179,6 +196,8 @@ def _print(run: Run) -> None:
         report.print_rows(run.measured["row"], run.ceilings, list(run.baselines.values()))
     elif run.measured["row"]:
         report.print_transfer(run.measured["row"], run.ceilings)
+    if run.experts:
+        report.print_products(run.experts, run.measured["product"])
     if run.measured["comparison"]:
         report.print_comparisons(run.measured["comparison"])
     if run.baselines:
@@ -202,6 +221,8 @@ def _everything(run: Run) -> dict[str, Any]:
         baselines=run.baselines,
         points=run.measured["point"],
         stress=run.stress,
+        experts=run.experts,
+        products=[report.product_summary(product) for product in run.measured["product"]],
         failed_stages=run.failed_stages,
         peers=report.peers_of(run.problem),
     )

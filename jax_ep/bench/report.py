@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from jax_ep.bench import peers
-from jax_ep.bench.results import STOCK_OPS, Baseline, Ceilings, Comparison, Row, StressResult, Times, fastest
+from jax_ep.bench.results import STOCK_OPS, Baseline, Ceilings, Comparison, Product, Row, StressResult, Times, fastest
 
 _LEGEND = """\
 us: median per call, calls chained in one program with nothing between them; spread: half the repeats' range over it.
@@ -18,12 +18,17 @@ in low-latency mode, and one flag round trip besides.
 local floor: rows that rank must read and write in its own memory, at the rate of a plain copy. x floor: to the larger.
 stock: the fastest of several pipelines of stock JAX collectives that do the same job, over several XLA flags."""
 
+_PRODUCTS_LEGEND = """\
+us: median per call, calls chained in one program with nothing between them; spread: half the repeats' range over it.
+dense: one kernel for as many rows, in this run. TFLOP/s: of the rows that belong to a group. Rows and groups' sizes are
+the same for all; backward: gradients in rows and kernels. Results are checked against a loop over groups in float32."""
+
 
 def us(seconds: float | None) -> str:
     return "-" if seconds is None else f"{seconds * 1e6:.1f}"
 
 
-def outcome(name: str, measured: Row | Comparison | Baseline) -> str:
+def outcome(name: str, measured: Row | Comparison | Baseline | Product) -> str:
     return f"{name}: {us(measured.times.median) + ' us' if measured.times else f'failed: {measured.error}'}"
 
 
@@ -137,6 +142,29 @@ def print_transfer(rows: list[Row], ceilings: Ceilings) -> None:
     for row in rows:
         if row.error:
             print(f"{row.name} failed: {row.error}")
+
+
+def print_products(experts: dict[str, Any], products: list[Product]) -> None:
+    num_groups, hidden, inner = experts["kernels_shape"]
+    groups = "; ".join(f"{name}, of {min(sizes)} to {max(sizes)}" for name, sizes in experts["group_sizes"].items())
+    print(
+        f"{experts['workload']}: {experts['num_rows']} rows of {hidden}, in an array of {experts['array_rows']}, times "
+        f"{num_groups} kernels of {hidden} x {inner}, {experts['dtype']}, on one device. Groups: {groups}."
+    )
+    tokamax = experts["tokamax"]
+    print(f"tokamax {tokamax}.\n" if tokamax else "Without tokamax: pip install 'jax_ep[nn,tokamax]'.\n")
+    lines = []
+    for product in products:
+        rate, slower = product.flop_per_s, product.times_dense
+        numbers = [f"{rate / 1e12:.3g}" if rate else "-", f"{slower:.2f}" if slower else "-"]
+        lines.append([product.name, *times_cells(product.times), *numbers])
+    print(format_table(["matrix product", "us", "spread", "TFLOP/s", "x dense"], lines))
+    _print_failures((product.name, product.error) for product in products)
+    print(f"\n{_PRODUCTS_LEGEND}")
+
+
+def product_summary(product: Product) -> dict[str, Any]:
+    return dict(product=product, flop_per_s=product.flop_per_s, times_dense=product.times_dense)
 
 
 def peers_of(problem: dict[str, Any]) -> list[peers.Peer]:

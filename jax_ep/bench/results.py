@@ -109,6 +109,26 @@ class Comparison:
 
 
 @dataclasses.dataclass(frozen=True)
+class Product:
+    """A matrix product of rows in groups, beside the dense one of as many rows and one kernel: its ceiling."""
+
+    name: str
+    flops: int  # of one call
+    times: Times | None
+    error: str | None
+    dense_times: Times | None = None
+
+    @property
+    def flop_per_s(self) -> float | None:
+        return self.flops / self.times.median if self.times else None
+
+    @property
+    def times_dense(self) -> float | None:
+        """How many times as long as the dense one it takes."""
+        return self.times.median / self.dense_times.median if self.times and self.dense_times else None
+
+
+@dataclasses.dataclass(frozen=True)
 class StressResult:
     rounds: int
     wrong_sums: int  # rounds in which a token came back with another value

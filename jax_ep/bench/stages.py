@@ -39,6 +39,7 @@ class Stage:
     sweep_flags: bool = True
     stress_rounds: int = 0
     transfer_gb: float = 0.0  # 0: what suits the devices
+    local_experts: int = 0  # 0: the workload's over all devices
     known: dict[str, Any] = dataclasses.field(default_factory=dict)  # baselines, by configuration
     process: int = 0
     port: int = 0

@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh
 
 import jax_ep
 from jax_ep import MoEMode
-from jax_ep.bench import baselines, ceilings, comparisons, ops, rows, stress, sweeps, transfer
+from jax_ep.bench import baselines, ceilings, comparisons, experts, ops, rows, stress, sweeps, transfer
 from jax_ep.bench.problem import Problem
 from jax_ep.bench.results import Baseline, restored
 from jax_ep.bench.stages import Stage
@@ -137,7 +137,19 @@ def _transfer(stage: Stage, mesh: Mesh, workload: Workload, on_cpu: bool, report
         report("row", row)
 
 
-_STAGES = dict(ours=_ours, baselines=_baselines, stress=_stress, transfer=_transfer)
+def _experts(stage: Stage, mesh: Mesh, workload: Workload, on_cpu: bool, report: Reporter) -> None:
+    """Of one rank, alone on its device."""
+    num_local = stage.local_experts or workload.num_experts // mesh.size
+    if not stage.local_experts and workload.num_experts % mesh.size:
+        raise ValueError(f"--experts: expected their number, as {workload.num_experts} is no multiple of {mesh.size}")
+    one = experts.Experts(Mesh(mesh.devices[:1], (AXIS,), axis_types=(AxisType.Auto,)), workload, num_local)
+    report("experts", one.description)
+    report("total", len(experts.cases(stage.only)))
+    for product in experts.measure_experts(one, stage.only):
+        report("product", product)
+
+
+_STAGES = dict(ours=_ours, baselines=_baselines, stress=_stress, transfer=_transfer, experts=_experts)
 
 
 def main() -> None:

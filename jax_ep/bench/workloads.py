@@ -19,11 +19,17 @@ class Workload:
     zipf_exponent: float = 0.0  # 0 is uniform routing
     capacity_factor: float = 1.25  # of balanced routing
     low_latency: bool = False  # the mode that it is measured in
+    intermediate_size: int = 2048  # of each expert
+
+    @property
+    def rows_per_rank(self) -> int:
+        """Of balanced routing."""
+        return self.num_tokens * self.topk
 
     @property
     def capacity(self) -> int:
         """Rows per rank, a multiple of 128."""
-        return -(-int(self.num_tokens * self.topk * self.capacity_factor) // 128) * 128
+        return -(-int(self.rows_per_rank * self.capacity_factor) // 128) * 128
 
     def routing(self, num_ranks: int, seed: int = 0) -> np.ndarray:
         """Distinct experts for every token: int32 `[R * T, K]`."""
@@ -44,11 +50,11 @@ WORKLOADS = {
     for workload in (
         Workload("train-4k", 4096, 7168, 256, 8),
         Workload("train-4k-skewed", 4096, 7168, 256, 8, zipf_exponent=1.0),
-        Workload("small", 8192, 2048, 64, 8),
+        Workload("small", 8192, 2048, 64, 8, intermediate_size=1024),
         Workload("decode", 128, 7168, 256, 8, low_latency=True),
-        Workload("cpu-2k", 2048, 1024, 64, 8),
-        Workload("tiny", 64, 64, 16, 2),
-        Workload("tiny-decode", 16, 64, 16, 2, low_latency=True),
+        Workload("cpu-2k", 2048, 1024, 64, 8, intermediate_size=256),
+        Workload("tiny", 64, 64, 16, 2, intermediate_size=32),
+        Workload("tiny-decode", 16, 64, 16, 2, low_latency=True, intermediate_size=32),
     )
 }
 
