@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import pathlib
+import time
 from typing import Any
 
 import jax
@@ -26,6 +27,9 @@ _CHUNK_BYTES = 1 << 20
 
 # How many communicators this process made over the same devices: equal in all their processes.
 _made = collections.Counter[str]()
+# Of `Processes`, by name and process: how many shares began and ended; and keys that others may still be reading.
+_shares = collections.Counter[str]()
+_left = collections.defaultdict[tuple[int, ...], list[str]](list)
 
 
 def groups_of(mesh: jax.sharding.Mesh, axis_name: str) -> list[list[jax.Device]]:
@@ -36,10 +40,19 @@ def groups_of(mesh: jax.sharding.Mesh, axis_name: str) -> list[list[jax.Device]]
 
 def communicator_id(mesh: jax.sharding.Mesh, axis_name: str) -> int:
     """A number that names a new communicator in all its processes, and no other in any of them."""
-    identity = f"{[device.id for device in mesh.devices.flat]} {mesh.devices.shape} {mesh.axis_names} {axis_name}"
+    identity = _identity(mesh, axis_name)
     _made[identity] += 1
     digest = hashlib.sha256(f"{identity} {_made[identity]}".encode()).digest()
     return int.from_bytes(digest[:7], "big")
+
+
+def give_back_id(mesh: jax.sharding.Mesh, axis_name: str) -> None:
+    """The last one of `communicator_id`, which other processes did not come to use."""
+    _made[_identity(mesh, axis_name)] -= 1
+
+
+def _identity(mesh: jax.sharding.Mesh, axis_name: str) -> str:
+    return f"{[device.id for device in mesh.devices.flat]} {mesh.devices.shape} {mesh.axis_names} {axis_name}"
 
 
 def host_identity() -> str:
@@ -177,60 +190,105 @@ def _connect(native, groups, me: int, process: int, their: dict) -> None:
 
 
 class Processes:
-    """The processes of a mesh, which tell each other bytes: all call its methods in the same order.
+    """Processes that tell each other bytes: all call its methods in the same order.
 
-    Every wait ends: with what was waited for, or within `timeout_s` with an error on all processes.
+    Every wait ends: with what was waited for, or with an error on all processes, `timeout_s` and up to a second later,
+    since the service looks for barriers that are late once a second.
 
     Args:
-      mesh: whose processes.
-      id: equal in all of them, see `communicator_id`.
+      all: their indices.
+      me: the index of this one.
+      client: of the key-value store; not used by a process alone.
+      name: equal in all of them. One that was used before goes on where it ended.
       timeout_s: for each wait.
     """
 
-    def __init__(self, mesh: jax.sharding.Mesh, id: int, timeout_s: float):
-        self.all = sorted({device.process_index for device in mesh.devices.flat})
-        self._prefix = f"{_KEY}/eplb/{id}"
+    def __init__(self, all: list[int], me: int, client: Any, name: str, timeout_s: float):
+        self.all, self._me, self._client = all, me, client
+        self._prefix = f"{_KEY}/eplb/{name}"
+        self._mine = f"{self._prefix}/{me}"
         self._timeout_s = timeout_s
-        self._step = self._round = 0
+        self._round = 0
 
-    @property
-    def _client(self) -> Any:
-        return distributed.global_state.client
+    @staticmethod
+    def of(mesh: jax.sharding.Mesh, id: int, timeout_s: float) -> Processes:
+        """Those of a mesh; `id` as from `communicator_id`."""
+        all = sorted({device.process_index for device in mesh.devices.flat})
+        return Processes(all, jax.process_index(), distributed.global_state.client, str(id), timeout_s)
 
-    @property
-    def _milliseconds(self) -> int:
-        return int(self._timeout_s * 1000)
-
-    def share(self, what: str, mine: bytes) -> dict[int, bytes]:
+    def share(self, what: str, mine: bytes, problem: Exception | None = None) -> dict[int, bytes]:
         """What each process calls it with, once all have.
+
+        Args:
+          what: the name of the call.
+          mine: what this process has to tell.
+          problem: what keeps it from going on, which all raise then.
 
         Raises:
           RuntimeError: not all of them called it within the timeout; on all that did.
+          ValueError: they are in different calls; on all.
         """
-        me = jax.process_index()
-        if self.all == [me]:
-            return {me: mine}
-        self._step, self._round = self._step + 1, 0
-        client, step = self._client, f"{self._prefix}/{self._step}"
-        client.key_value_set_bytes(f"{step}/{me}", mine)
-        try:
-            theirs = {
-                process: client.blocking_key_value_get_bytes(f"{step}/{process}", self._milliseconds)
-                for process in self.all
-            }
-            # Nobody may go on while another gives up.
-            client.wait_at_barrier(f"{step}/shared", self._milliseconds, process_ids=self.all)
-        except jax.errors.JaxRuntimeError as error:
-            raise RuntimeError(
-                f"{what}: not all of processes {self.all} called it within timeout_s={self._timeout_s}"
-            ) from error
-        finally:
-            client.key_value_delete(f"{step}/{me}")
-        return theirs
+        if self.all == [self._me]:
+            if problem is not None:
+                raise problem
+            return {self._me: mine}
+        kind = next((kind for kind in (TypeError, ValueError) if isinstance(problem, kind)), RuntimeError).__name__
+        head = json.dumps([what, None if problem is None else [kind, str(problem)]]).encode()
+        parts = {process: said.split(b"\n", 1) for process, said in self._all_said(what, head + b"\n" + mine).items()}
+        self._check_heads({process: json.loads(head) for process, (head, _) in parts.items()}, problem)
+        return {process: text for process, (_, text) in parts.items()}
 
-    def agree(self, what: str, mine: str) -> None:
-        """Raises ValueError, on all processes, unless all call it with the same text."""
-        theirs = self.share(what, mine.encode())
+    def _check_heads(self, heads: dict[int, tuple[str, list[str] | None]], mine: Exception | None) -> None:
+        first = self.all[0]
+        for process, (what, _) in heads.items():
+            if what != heads[first][0]:
+                raise ValueError(f"processes {first} and {process} are in different calls: {heads[first][0]}, {what}")
+        problems = {process: problem for process, (_, problem) in heads.items() if problem is not None}
+        if problems:
+            process, (kind, text) = next(iter(problems.items()))
+            where = "" if len(problems) == len(heads) else f", on process {process}"
+            raise {"TypeError": TypeError, "ValueError": ValueError}.get(kind, RuntimeError)(f"{text}{where}") from mine
+
+    def _all_said(self, what: str, mine: bytes) -> dict[int, bytes]:
+        """What each process has to say, once all are here.
+
+        Processes meet at barriers with numbers, and each goes through the numbers in their order. A barrier ends in one
+        way for all: also for one that comes after others gave up, which thereupon finds them at the next. So those that
+        wait, wait at the same, however often some of them called and gave up before.
+        """
+        client, deadline = self._client, time.monotonic() + self._timeout_s
+        while True:
+            number = _shares[self._mine]
+            # Nobody reads what was said two barriers ago: all have come to the last one.
+            place = f"{self._prefix}/said/{number % 2}"
+            client.key_value_set_bytes(f"{place}/{self._me}", b"%d\n" % number + mine, allow_overwrite=True)
+            milliseconds = max(1, int(1000 * (deadline - time.monotonic())))
+            try:
+                client.wait_at_barrier(f"{self._prefix}/{number}", milliseconds, process_ids=self.all)
+                break
+            except jax.errors.JaxRuntimeError as error:
+                if "DEADLINE_EXCEEDED" not in str(error) or time.monotonic() >= deadline:
+                    raise self._not_all(what) from error
+            finally:
+                _shares[self._mine], self._round = number + 1, 0
+        said = dict(client.key_value_dir_get_bytes(place))
+        numbered = [said.get(f"{place}/{process}", b"").partition(b"\n") for process in self.all]
+        if any(their != b"%d" % number for their, _, _ in numbered):
+            raise self._not_all(what)  # this process was stopped for so long that others went on and gave up
+        while left := _left[tuple(self.all)]:
+            client.key_value_delete(left.pop())  # all are here, so nobody is reading what closed ones said
+        return {process: text for process, (_, _, text) in zip(self.all, numbered, strict=True)}
+
+    def _not_all(self, what: str) -> RuntimeError:
+        return RuntimeError(f"{what}: not all of processes {self.all} called it within timeout_s={self._timeout_s}")
+
+    def close(self) -> None:
+        if _shares.pop(self._mine, 0):
+            _left[tuple(self.all)] += [f"{self._prefix}/said/{i}/{self._me}" for i in (0, 1)]
+
+    def agree(self, what: str, mine: str, problem: Exception | None = None) -> None:
+        """Raises ValueError, on all processes, unless all call it with the same text. `problem` as in `share`."""
+        theirs = self.share(what, mine.encode(), problem)
         for process, text in theirs.items():
             if text != theirs[self.all[0]]:
                 raise ValueError(
@@ -244,25 +302,23 @@ class Processes:
         Raises:
           RuntimeError: something did not come within the timeout; on all processes.
         """
-        client, me = self._client, jax.process_index()
-        self._round += 1  # of the step, so that one that failed in between is in step again
-        step = f"{self._prefix}/{self._step}/{self._round}"
+        client, me, milliseconds = self._client, self._me, int(self._timeout_s * 1000)
+        self._round += 1  # of the last share, so that one that failed in between is in step again
+        place = f"{self._prefix}/{_shares[self._mine]}/{self._round}"
         for process, data in outgoing.items():
             for i, begin in enumerate(range(0, len(data), _CHUNK_BYTES)):
-                client.key_value_set_bytes(f"{step}/{me}/{process}/{i}", data[begin : begin + _CHUNK_BYTES])
+                client.key_value_set_bytes(f"{place}/{me}/{process}/{i}", data[begin : begin + _CHUNK_BYTES])
         try:
             received = {
                 process: b"".join(
-                    client.blocking_key_value_get_bytes(f"{step}/{process}/{me}/{i}", self._milliseconds)
+                    client.blocking_key_value_get_bytes(f"{place}/{process}/{me}/{i}", milliseconds)
                     for i in range(-(-size // _CHUNK_BYTES))
                 )
                 for process, size in sizes.items()
             }
-            client.wait_at_barrier(f"{step}/read", self._milliseconds, process_ids=self.all)
+            client.wait_at_barrier(f"{place}/read", milliseconds, process_ids=self.all)
         except jax.errors.JaxRuntimeError as error:
             raise RuntimeError(f"{what}: not all bytes of a round came within timeout_s={self._timeout_s}") from error
         finally:
-            for process, data in outgoing.items():
-                for i in range(-(-len(data) // _CHUNK_BYTES)):
-                    client.key_value_delete(f"{step}/{me}/{process}/{i}")
+            client.key_value_delete(f"{place}/{me}")  # with all below it
         return received

@@ -22,10 +22,22 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jax_ep import PeerTimeoutError
+from jax_ep._words import bits_of
 from jax_ep.eplb import EplbCommunicator, transfer_experts
 
 ROW_BYTES, BUDGET_BYTES = 64, 80 << 10
-DTYPES = ("bfloat16", "float16", "float32", "int8", "uint32", "bool", "complex64", "float8_e4m3fn", "float8_e8m0fnu")
+DTYPES = (
+    "bfloat16",
+    "float16",
+    "float32",
+    "int8",
+    "uint32",
+    "bool",
+    "complex64",
+    "float8_e4m3fn",
+    "float8_e8m0fnu",
+    "int4",
+)
 SHAPES = ((), (0,), (5,), (33, 7), (1000,))
 
 
@@ -40,6 +52,8 @@ def random_bits(rng: np.random.Generator, shape: tuple[int, ...], dtype) -> np.n
     dtype = jnp.dtype(dtype)
     if dtype == np.bool_:
         return rng.integers(0, 2, shape).astype(bool)
+    if dtype.name in ("int2", "uint4", "int4", "float4_e2m1fn"):
+        return rng.integers(0, 1 << bits_of(dtype), shape).astype(np.uint8).view(dtype)
     data = rng.integers(0, 256, int(np.prod(shape)) * dtype.itemsize, dtype=np.uint8)
     return data.view(dtype).reshape(shape)
 
@@ -164,23 +178,60 @@ def check_all(mesh: Mesh, implementation: str) -> None:
         assert comm.transport == "peer"
     with pytest.raises(ValueError, match="were given different arguments: .*row_bytes"):
         communicator(mesh, "xla", row_bytes=16 * (2 + jax.process_index()))
-    check_absence(mesh)
+    check_mistakes(mesh)
+
+
+def check_mistakes(mesh: Mesh) -> None:
+    """What one process does wrong is an error on both, at once, and the next call works."""
+    last = jax.process_index() == 1
+    array = jax.device_put(np.arange(3, dtype=np.int32), jax.local_devices()[-1])
+    slots = np.arange(mesh.size)
+    with communicator(mesh, "xla", timeout_s=60.0) as comm:
+        start = time.monotonic()
+        if last:
+            comm.add_send(array, 0, mesh.size - 1)
+            array.delete()
+        text = (
+            rf"array: expected int32\[3\] from rank {mesh.size - 1} to rank 0, got one that was deleted, on process 1"
+        )
+        with pytest.raises(ValueError, match=text):
+            comm.execute()
+        params = suite.put(np.ones((mesh.size, 3), np.float32), mesh, P("ep"))
+        with pytest.raises(ValueError, match="transfer_experts: processes 0 and 1 were given different arguments"):
+            transfer_experts(params, slots, np.roll(slots, jax.process_index()), comm)
+        with pytest.raises(ValueError, match=r"new: expected an integer dtype, got float64, on process 1"):
+            transfer_experts(params, slots, slots * (1.0 if last else 1), comm)
+        if last:
+            params.delete()
+        for given in (dict(communicator=comm), dict(transport="xla", timeout_s=60.0)):
+            with pytest.raises(ValueError, match="params: expected an array that is there, .*, on process 1"):
+                transfer_experts(params, slots, slots[::-1], **given)
+        with pytest.raises(ValueError, match="processes 0 and 1 are in different calls: execute, transfer_experts"):
+            transfer_experts({}, slots, slots, comm) if last else comm.execute()
+        check_messages(comm, draw_messages(np.random.default_rng(1), mesh.size, 3))
+        assert time.monotonic() - start < 30
 
 
 def check_absence(mesh: Mesh) -> None:
     """A process that does not come is an error for the others, in time, and nothing that later calls stumble over."""
-    with communicator(mesh, "host", timeout_s=2.0) as comm:
-        start = time.monotonic()
-        if jax.process_index() == 0:
-            with pytest.raises(RuntimeError, match=r"execute: not all of processes \[0, 1\] called it within"):
+    client, is_early = distributed.global_state.client, jax.process_index() != 1
+    text = r": not all of processes \[0, 1, 2\] called it within timeout_s=0.5"
+    start = time.monotonic()
+    if is_early:
+        with pytest.raises(RuntimeError, match="EplbCommunicator" + text):
+            communicator(mesh, "host", timeout_s=0.5)
+    client.wait_at_barrier("built", 60_000)
+    with communicator(mesh, "host") as comm:
+        comm._processes._timeout_s = 0.5
+        if is_early:
+            with pytest.raises(RuntimeError, match="execute" + text):
                 comm.execute()
-            assert time.monotonic() - start < 10
-    with communicator(mesh, "xla") as comm:
-        check_messages(comm, draw_messages(np.random.default_rng(1), mesh.size, 3))
-        slots = np.arange(mesh.size)
-        params = suite.put(np.ones((mesh.size, 3), np.float32), mesh, P("ep"))
-        with pytest.raises(ValueError, match="transfer_experts: processes 0 and 1 were given different arguments"):
-            transfer_experts(params, slots, np.roll(slots, jax.process_index()), comm)
+        client.wait_at_barrier("executed", 60_000)
+        assert time.monotonic() - start < 15
+        comm._processes._timeout_s = 20.0
+        rng = np.random.default_rng(2)
+        check_messages(comm, draw_messages(rng, mesh.size, 6))
+        check_transfer(comm, rng, layers=None, tails={"int8": (131,)})
 
 
 def check_lost(mesh: Mesh) -> None:
@@ -223,10 +274,10 @@ def main() -> None:
     )
     implementation = task["implementation"]
     mesh = suite.make_mesh(implementation, len(suite.devices_of(implementation)))
-    if task["scenario"] == "lost":
-        check_lost(mesh)
-    else:
+    if task["scenario"] == "all":
         check_all(mesh, implementation)
+    else:
+        dict(lost=check_lost, absence=check_absence)[task["scenario"]](mesh)
 
 
 if __name__ == "__main__":

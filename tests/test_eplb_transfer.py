@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import functools
 import itertools
 import json
 import signal
+import time
+import types
 
 import hypothesis
 import hypothesis.strategies as st
@@ -28,15 +32,17 @@ from eplb_worker import (
     draw_placement,
     random_bits,
 )
+from jax._src.lib import _jax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from jax_ep._bootstrap import Processes
 from jax_ep.bench import transfer as bench_transfer
 from jax_ep.eplb import EplbCommunicator, count_moves, create_eplb_communicator, transfer_experts
 from jax_ep.eplb._peer import tables_of
 from jax_ep.eplb._plan import MoveTables, balanced, plan_transfer
 from jax_ep.eplb._rounds import rounds_of
-from jax_ep.eplb._rows import rows_per_slot
+from jax_ep.eplb._rows import _get, _put, rows_per_slot
 
 TRANSPORTS = ["peer", "xla", "host"]
 
@@ -130,8 +136,8 @@ def test_arguments(native_implementation):
     with EplbCommunicator(mesh, transport="xla") as comm:
         for array, error, text in [
             (1.0, TypeError, "array: expected an array, got float"),
-            (jax.random.key(0), ValueError, "array: expected a dtype of whole bytes, got key"),
-            (jnp.zeros(3, jnp.int4), ValueError, "array: expected a dtype of whole bytes, got int4"),
+            (jax.ShapeDtypeStruct((3,), np.float32), TypeError, "array: expected an array, got ShapeDtypeStruct"),
+            (jax.random.key(0), ValueError, "array: expected a dtype of numbers, or bool, got key"),
             (np.zeros(3), ValueError, "array: expected dtype float32, or jax_enable_x64, got float64"),
         ]:
             with pytest.raises(error, match=text):
@@ -140,7 +146,22 @@ def test_arguments(native_implementation):
             comm.add_recv([], 0)
         with pytest.raises(ValueError, match="dst_rank: expected a rank below 1, got 1"):
             comm.add_send(np.zeros(3, np.float32), 1)
+        for add, argument in ((comm.add_send, "array"), (comm.add_recv, "like")):
+            with pytest.raises(
+                TypeError, match=f"{argument}: expected a concrete array, got a tracer; call it outside"
+            ):
+                jax.jit(lambda x, add=add: add(x, 0))(np.zeros(3, np.float32))
+        deleted = jnp.zeros(3)
+        comm.add_send(deleted, 0)
+        deleted.delete()
+        with pytest.raises(
+            ValueError, match=r"array: expected float32\[3\] from rank 0 to rank 0, got one that was del"
+        ):
+            comm.execute()
         assert comm.execute() == []
+        comm.add_send(np.arange(3, dtype=">f4"), np.int64(0), np.int32(0))
+        comm.add_recv(np.zeros(3, np.float32), np.int64(0), np.int32(0))
+        np.testing.assert_array_equal(comm.execute()[0], [0, 1, 2])
     for arguments, text in [
         (dict(transport="peer", memory_budget_bytes=8192), "memory_budget_bytes: expected at least 16432 bytes"),
         (dict(transport="tcp"), "transport: expected one of .* got 'tcp'"),
@@ -148,9 +169,55 @@ def test_arguments(native_implementation):
         (dict(memory_budget_bytes=8192), "memory_budget_bytes: expected at least 131200 bytes, got 8192"),
         (dict(axis_name="tp"), "axis_name: expected one of"),
         (dict(timeout_s=0), "timeout_s: expected seconds above 0, got 0"),
+        (dict(timeout_s=float("inf")), "timeout_s: expected seconds above 0, got inf"),
+        (dict(timeout_s="a"), "timeout_s: expected a number, got str 'a'"),
+        (dict(implementation="xla", transport=None), "implementation: expected one of \"cuda\", .* got 'xla'"),
     ]:
-        with pytest.raises(ValueError, match=text):
+        with pytest.raises((TypeError, ValueError), match=text):
             EplbCommunicator(mesh, **dict(transport="xla") | arguments)
+
+
+def test_numpys_arrays_are_copied(connect):
+    comm = connect(1)
+    array = np.arange(3, dtype=np.int32)
+    comm.add_send(array, 0, 0)
+    array[:] = 7
+    comm.add_recv(array, 0, 0)
+    np.testing.assert_array_equal(comm.execute()[0], [0, 1, 2])
+
+
+def test_another_list_of_shapes_compiles_nothing(native_implementation):
+    rng = np.random.default_rng(0)
+    with communicator(suite.make_mesh(native_implementation, 1), "host") as comm:
+        compiled = []
+        for number in (33, 34, 35):
+            arrays = [random_bits(rng, (3 + i % 2,), "int32") for i in range(number)]
+            for i, array in enumerate(arrays):
+                # Also where numpy's arrays lie between the others.
+                comm.add_send(array if i % 3 == 0 and number > 33 else jnp.asarray(array), 0)
+                comm.add_recv(array, 0)
+            for array, got in zip(arrays, comm.execute(), strict=True):
+                np.testing.assert_array_equal(got, array)
+            compiled.append([program._cache_size() for program in (_put, _get)])
+    assert compiled[0] == compiled[1] == compiled[2]
+
+
+def test_after_destroy(connect):
+    comm = connect(1)
+    comm.add_send(np.zeros(3, np.float32), 0, 0)
+    comm.destroy()
+    comm.destroy()
+    slots = np.arange(2)
+    params = suite.put(np.ones((2, 3), np.float32), comm.mesh, P("ep"))
+    for call, arguments in [
+        (comm.add_send, (np.zeros(3, np.float32), 0, 0)),
+        (comm.add_recv, (np.zeros(3, np.float32), 0, 0)),
+        (comm.execute, ()),
+        (transfer_experts, (params, slots, slots, comm)),
+    ]:
+        text = rf"{call.__name__}: expected a live EplbCommunicator, got one after destroy\(\)"
+        with pytest.raises(ValueError, match=text):
+            call(*arguments)
 
 
 def test_which_rank_is_asked_for(native_implementation):
@@ -275,6 +342,8 @@ def test_transfer_arguments(native_implementation):
         ]:
             with pytest.raises(error, match=text):
                 transfer_experts(params, old, new, comm)
+        with pytest.raises(TypeError, match=r"params\['w'\]: expected a concrete array, got a tracer; call it outside"):
+            jax.jit(lambda w: transfer_experts({"w": w}, slots, slots, comm))(weights)
         with pytest.raises(ValueError, match=r"communicator: expected None beside its arguments, got \['transport'\]"):
             transfer_experts(weights, slots, slots, comm, transport="xla")
     with pytest.raises(ValueError, match="params: expected an array sharded over a mesh, or a communicator, got 1"):
@@ -343,13 +412,117 @@ def test_benchmark_finds_wrong_results(native_implementation, monkeypatch):
 # ---- several processes ----
 
 
+@pytest.fixture(scope="module")
+def clients():
+    """Of the key-value store: three, as if they were processes."""
+    address, clients = f"localhost:{test_processes.free_port()}", []
+    service = _jax.get_distributed_runtime_service(address, 3)
+    for me in range(3):
+        clients.append(_jax.get_distributed_runtime_client(address, me, shutdown_on_destruction=False))
+    with concurrent.futures.ThreadPoolExecutor(3) as threads:
+        list(threads.map(lambda client: client.connect(), clients))
+        yield clients
+        list(threads.map(lambda client: client.shutdown(), clients))
+    service.shutdown()
+
+
+def together(calls: list) -> list:
+    """What each returns, or the error that it raises, in a thread of its own."""
+
+    def outcome(call):
+        try:
+            return call()
+        except Exception as error:
+            return error
+
+    with concurrent.futures.ThreadPoolExecutor(len(calls)) as threads:
+        return list(threads.map(outcome, calls))
+
+
+def test_calls_that_miss_each_other(clients):
+    """Whoever called how often alone, and gave up whenever: all who return have the same, and the next call works."""
+    number, rng = 12, np.random.default_rng(0)
+    groups = [[Processes([0, 1, 2], me, clients[me], f"miss {i}", 0.2) for me in range(3)] for i in range(number)]
+
+    def calls(processes, delays, text):
+        said = []
+        for i, delay in enumerate(delays):
+            time.sleep(delay)
+            try:
+                said.append(processes.share("call", f"{text} {i} of {processes._me}".encode()))
+            except RuntimeError as error:
+                assert "call: not all of processes [0, 1, 2] called it within timeout_s=0.2" in str(error)
+        return said
+
+    delays = [[rng.uniform(0, 1, rng.integers(3)) for _ in range(3)] for _ in range(number)]
+    early = together(
+        [
+            functools.partial(calls, processes, delay, "early")
+            for group, waits in zip(groups, delays, strict=True)
+            for processes, delay in zip(group, waits, strict=True)
+        ]
+    )
+    assert all(early[3 * i] == early[3 * i + 1] == early[3 * i + 2] for i in range(number))
+    members = [processes for group in groups for processes in group]
+    for processes in members:
+        processes._timeout_s = 20.0
+    for text in ("then", "and again"):
+        outcomes = together([functools.partial(calls, processes, [0], text) for processes in members])
+        assert outcomes == [[{me: f"{text} 0 of {me}".encode() for me in range(3)}]] * 3 * number
+
+
+def test_what_processes_tell_each_other(clients):
+    group, other = ([Processes([0, 1, 2], me, clients[me], name, 20.0) for me in range(3)] for name in ("one", "two"))
+
+    def share(group, whats=("call",) * 3, problems=(None,) * 3):
+        return together([functools.partial(group[me].share, whats[me], b"\n%d" % me, problems[me]) for me in range(3)])
+
+    texts = {me: b"\n%d" % me for me in range(3)}
+    for whats, problems, text in [
+        (("call", "call", "other"), (None,) * 3, "processes 0 and 2 are in different calls: call, other"),
+        (("call",) * 3, (None, TypeError("x: wrong"), ValueError("y: wrong")), "x: wrong, on process 1"),
+        (("call",) * 3, (ValueError("x: wrong"),) * 3, "x: wrong"),
+    ]:
+        outcomes = share(group, whats, problems)
+        kind = TypeError if "on process" in text else ValueError
+        assert [(type(error), str(error)) for error in outcomes] == [(kind, text)] * 3
+        assert share(group) == [texts] * 3
+    # Process 0 is slow to read what was said, and others go on: one share or two.
+    read = clients[0].key_value_dir_get_bytes
+
+    def read_slowly(place):
+        time.sleep(0.1)
+        return read(place)
+
+    def read_late(place):
+        return [(key, b"%d\n%s" % (int(said.split(b"\n")[0]) + 2, said)) for key, said in read(place)]
+
+    def slowed(read):
+        others = {name: getattr(clients[0], name) for name in ("key_value_set_bytes", "wait_at_barrier")}
+        return types.SimpleNamespace(key_value_dir_get_bytes=read, **others)
+
+    group[0]._client = slowed(read_slowly)
+    twice = [lambda p=p: [p.share("call", b"%d" % i) for i in range(2)] for p in group]
+    assert together(twice) == [[dict.fromkeys(range(3), b"%d" % i) for i in range(2)]] * 3
+    group[0]._client = slowed(read_late)
+    late, *others = share(group)
+    assert str(late) == "call: not all of processes [0, 1, 2] called it within timeout_s=20.0" and others == [texts] * 2
+    group[0]._client = clients[0]
+    assert share(group) == [texts] * 3
+    # What is left is deleted by the next who meet.
+    for processes in group:
+        processes.close()
+    assert read("jax_ep/eplb/one/said/0") and share(other) == [texts] * 3
+    assert read("jax_ep/eplb/one") == []
+
+
 @pytest.fixture
 def run_processes(native_implementation, tmp_path, monkeypatch):
-    """Runs a scenario of `eplb_worker.py` in two processes, and expects their statuses."""
+    """Runs a scenario of `eplb_worker.py` in processes, and expects their statuses."""
     monkeypatch.setattr(test_processes, "WORKER", test_processes.WORKER.with_name("eplb_worker.py"))
 
     def run(scenario: str, devices_each: int, statuses: list[int]) -> None:
-        ended = test_processes.run_processes(tmp_path, scenario, native_implementation, 2, devices_each)
+        ended = test_processes.run_processes(tmp_path, scenario, native_implementation, len(statuses), devices_each)
         test_processes.assert_ended(ended, statuses)
 
     return run
@@ -357,6 +530,10 @@ def run_processes(native_implementation, tmp_path, monkeypatch):
 
 def test_across_processes(run_processes):
     run_processes("all", 2, [0, 0])
+
+
+def test_absent_process(run_processes):
+    run_processes("absence", 1, [0, 0, 0])
 
 
 def test_lost_process(run_processes):

@@ -14,7 +14,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_ep import _bootstrap, _ffi
 from jax_ep._bootstrap import Processes
-from jax_ep._checks import expect, expect_int
+from jax_ep._checks import expect, expect_int, expect_number
+from jax_ep._config import _IMPLEMENTATIONS
 from jax_ep.eplb import _rows
 from jax_ep.eplb._movers import Mover, TransferStatistics
 from jax_ep.eplb._peer import PeerMover
@@ -58,8 +59,8 @@ class EplbCommunicator:
         in several. Default 1 GiB on GPUs, 64 MiB elsewhere. `execute` packs what it sends and receives besides.
       row_bytes: arrays travel as rows of so many bytes, a multiple of 16; each array takes whole rows.
       implementation: of transport "peer", see `MoECommunicator`.
-      timeout_s: seconds that a process waits for another, and with "peer" a rank for another. Collectives of XLA have
-        timeouts of their own.
+      timeout_s: seconds that a process waits for another, or up to one more, and with "peer" a rank for another.
+        Collectives of XLA have timeouts of their own.
 
     Raises:
       ValueError, TypeError: an argument is unusable, or differs between processes.
@@ -84,18 +85,25 @@ class EplbCommunicator:
         platform = mesh.devices.flat[0].platform
         if memory_budget_bytes is None:
             memory_budget_bytes = _BUDGET_BYTES.get(platform, _BUDGET_BYTES_ELSEWHERE)
-        expect_int("memory_budget_bytes", memory_budget_bytes)
-        expect_int("row_bytes", row_bytes)
+        memory_budget_bytes = expect_int("memory_budget_bytes", memory_budget_bytes)
+        row_bytes = expect_int("row_bytes", row_bytes)
         expect(row_bytes % 16 == 0, "row_bytes", "a multiple of 16", row_bytes)
-        expect(timeout_s > 0, "timeout_s", "seconds above 0", timeout_s)
+        expect(0 < expect_number("timeout_s", timeout_s) < math.inf, "timeout_s", "seconds above 0", timeout_s)
+        names = ", ".join(f'"{name}"' for name in _IMPLEMENTATIONS)
+        expect(implementation in (None, *_IMPLEMENTATIONS), "implementation", f"one of {names}", repr(implementation))
         self.mesh, self.axis_name, self.num_ranks = mesh, axis_name, mesh.shape[axis_name]
         self._devices = list(mesh.devices.flat)
-        id = _bootstrap.communicator_id(mesh, axis_name)
-        self._processes = Processes(mesh, id, timeout_s)
+        self._processes = Processes.of(mesh, _bootstrap.communicator_id(mesh, axis_name), timeout_s)
         self._sends: list[tuple[_Message, Any]] = []
         self._recvs: list[_Message] = []
+        self._is_destroyed = False
         options = dict(transport=transport, memory_budget_bytes=memory_budget_bytes, row_bytes=row_bytes)
-        self._processes.agree("EplbCommunicator", str(options | dict(implementation=implementation)))
+        try:
+            self._processes.agree("EplbCommunicator", str(options | dict(implementation=implementation)))
+        except RuntimeError:
+            # The others will count from here when all build one again.
+            _bootstrap.give_back_id(mesh, axis_name)
+            raise
         if transport is None:
             transport = self._best_transport(platform, implementation)
         self._mover = self._connected(transport, row_bytes, memory_budget_bytes, implementation, timeout_s)
@@ -129,7 +137,8 @@ class EplbCommunicator:
         """Adds an array to what the next `execute` sends.
 
         Args:
-          array: of any shape, and any dtype of whole bytes, on one device or of numpy.
+          array: of any shape, and any dtype of numbers. One of numpy is copied; one on a device must not be deleted
+            or donated before `execute` is done.
           dst_rank: where it goes; its own rank too.
           src_rank: the rank of this process that sends it, to whose device it is copied if it is elsewhere. Default the
             rank on whose device it is, or the only one of this process.
@@ -137,11 +146,15 @@ class EplbCommunicator:
         Raises:
           ValueError, TypeError: an argument is unusable.
         """
-        if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+        self._expect_live("add_send")
+        if not isinstance(array, jax.Array | np.ndarray | np.generic):
             raise TypeError(f"array: expected an array, got {type(array).__name__}")
+        expect_concrete("array", array)
         src, dst = self._local_rank("src_rank", src_rank, array), self._rank("dst_rank", dst_rank)
         message = _message_of("array", array, src, dst)
-        self._sends.append((message, jax.device_put(array, self._devices[src])))
+        is_jaxs = isinstance(array, jax.Array)
+        kept = jax.device_put(array, self._devices[src]) if is_jaxs else np.array(array, message.dtype)
+        self._sends.append((message, kept))
 
     def add_recv(self, like, src_rank: int, dst_rank: int | None = None) -> None:
         """Adds an array to what the next `execute` receives.
@@ -156,8 +169,10 @@ class EplbCommunicator:
         Raises:
           ValueError, TypeError: an argument is unusable.
         """
+        self._expect_live("add_recv")
         if not hasattr(like, "shape") or not hasattr(like, "dtype"):
             raise TypeError(f"like: expected an array or a jax.ShapeDtypeStruct, got {type(like).__name__}")
+        expect_concrete("like", like)
         dst, src = self._local_rank("dst_rank", dst_rank, like), self._rank("src_rank", src_rank)
         self._recvs.append(_message_of("like", like, src, dst))
 
@@ -171,13 +186,15 @@ class EplbCommunicator:
           The received arrays in the order of this process's `add_recv`, each on its rank's device.
 
         Raises:
-          ValueError: sends and receives do not match; on all processes, before anything moves.
+          ValueError: sends and receives do not match, an array was deleted since it was added, or a process calls
+            `transfer_experts`; on all processes, before anything moves.
           RuntimeError: a process did not call it within the timeout; on all that did.
           PeerTimeoutError: with transport "peer", a rank stopped; build another communicator.
         """
+        self._expect_live("execute")
         sends, recvs, self._sends, self._recvs = self._sends, self._recvs, [], []
         mine = json.dumps([[message for message, _ in sends], recvs]).encode()
-        everyones = [json.loads(text) for text in self._processes.share("execute", mine).values()]
+        everyones = [json.loads(text) for text in self._processes.share("execute", mine, _deleted(sends)).values()]
         sent, expected = ([_message(*m) for each in everyones for m in each[side]] for side in (0, 1))
         _check_matched(sent, expected)
         row_bytes = self._mover.row_bytes
@@ -201,9 +218,8 @@ class EplbCommunicator:
         shards = []
         for rank in self.local_ranks:
             mine = sorted((item for item in sends if item[0].src == rank), key=lambda item: item[0].dst)
-            with jax.default_device(self._devices[rank]):
-                packed = _rows.pack([array for _, array in mine], num_rows, self._mover.row_bytes)
-            shards.append(jax.device_put(packed, self._devices[rank]))
+            arrays = [array for _, array in mine]
+            shards.append(_rows.pack(arrays, num_rows, self._mover.row_bytes, self._devices[rank]))
         shape = self.num_ranks * num_rows, self._mover.row_bytes // 2
         return jax.make_array_from_single_device_arrays(shape, self._sharding(), shards)
 
@@ -213,7 +229,7 @@ class EplbCommunicator:
         out: list[Any] = [None] * len(recvs)
         for rank in self.local_ranks:
             mine = sorted((i for i, message in enumerate(recvs) if message.dst == rank), key=lambda i: recvs[i].src)
-            like = tuple((recvs[i].shape, recvs[i].dtype) for i in mine)
+            like = [(recvs[i].shape, recvs[i].dtype) for i in mine]
             arrays = _rows.unpack(shards[self._devices[rank]], like, self._mover.row_bytes)
             for i, array in zip(mine, arrays, strict=True):
                 out[i] = array
@@ -230,8 +246,12 @@ class EplbCommunicator:
         self._mover.check()
 
     def destroy(self) -> None:
-        """Frees memory and connections; on all processes, in the same order."""
-        self._mover.close()
+        """Frees memory and connections; on all processes, in the same order. Idempotent."""
+        if not self._is_destroyed:
+            self._is_destroyed = True
+            self._sends, self._recvs = [], []
+            self._mover.close()
+            self._processes.close()
 
     def __enter__(self) -> EplbCommunicator:
         return self
@@ -239,8 +259,12 @@ class EplbCommunicator:
     def __exit__(self, *_) -> None:
         self.destroy()
 
+    def _expect_live(self, op: str) -> None:
+        if self._is_destroyed:
+            raise ValueError(f"{op}: expected a live EplbCommunicator, got one after destroy()")
+
     def _rank(self, argument: str, rank: int) -> int:
-        expect_int(argument, rank, minimum=0)
+        rank = expect_int(argument, rank, minimum=0)
         expect(rank < self.num_ranks, argument, f"a rank below {self.num_ranks}", rank)
         return rank
 
@@ -250,7 +274,8 @@ class EplbCommunicator:
         local = self.local_ranks
         mine = f"one of this process's ranks {local}"
         if rank is not None:
-            expect(self._rank(argument, rank) in local, argument, mine, rank)
+            rank = self._rank(argument, rank)
+            expect(rank in local, argument, mine, rank)
             return rank
         if len(local) == 1:
             return local[0]
@@ -275,6 +300,20 @@ def _has_kernels(platform: str, implementation: str | None) -> bool:
     except NotImplementedError:
         return False
     return True
+
+
+def expect_concrete(argument: str, array) -> None:
+    if isinstance(array, jax.core.Tracer):
+        raise TypeError(f"{argument}: expected a concrete array, got a tracer; call it outside jax.jit")
+
+
+def _deleted(sends: list[tuple[_Message, Any]]) -> ValueError | None:
+    """What is wrong if an array is gone that was to be sent."""
+    for message, array in sends:
+        if isinstance(array, jax.Array) and array.is_deleted():
+            src, dst = message.src, message.dst
+            return ValueError(f"array: expected {message} from rank {src} to rank {dst}, got one that was deleted")
+    return None
 
 
 def _message_of(argument: str, array, src: int, dst: int) -> _Message:

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_ep._checks import expect
 from jax_ep._transfer import ARRIVES, TransferTables, transfer
+from jax_ep._words import as_words, bits_of, from_words
 from jax_ep.communicator import MoECommunicator
 from jax_ep.eplb import _rows
 from jax_ep.eplb._movers import Mover, by_rank, filled_shape, named_sharding
@@ -66,7 +67,9 @@ class PeerMover(Mover):
     def _build(self, sharding: NamedSharding, num_slots: int, num_slot_dims: int) -> Callable:
         def fill(source, tables):
             slots = _rows.slots_view(source, num_slot_dims)
-            out = transfer(self.comm._spec, slots, tables, num_slots)
+            if bits_of(source.dtype) < 8:
+                slots = as_words(slots)
+            out = from_words(transfer(self.comm._spec, slots, tables, num_slots), source.dtype)
             return out.reshape(filled_shape(source.shape, num_slots, num_slot_dims))
 
         specs = sharding.spec, PartitionSpec(self._axis_name)

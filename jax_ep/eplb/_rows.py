@@ -11,30 +11,20 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jax_ep._checks import expect
-from jax_ep._words import WORDS, as_words, from_words
+from jax_ep._words import WORDS, as_words, bits_of, from_words
 
 # XLA for CPUs converts some types to float32 and back where it scatters them, which changes NaNs.
 _MOVED_BITWISE_ON_GPUS = {"bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"}
 
 
 def expect_movable(argument: str, dtype) -> None:
-    """The type has whole bytes that JAX lets us see."""
-    expect(_is_movable(dtype), argument, "a dtype of whole bytes", dtype)
-
-
-def _is_movable(dtype) -> bool:
-    if jnp.issubdtype(dtype, jnp.integer):
-        return jnp.iinfo(dtype).bits >= 8
-    if _is_real_float(dtype):
-        return jnp.finfo(dtype).bits >= 8
-    return dtype == jnp.bool_ or jnp.issubdtype(dtype, jnp.complexfloating)
-
-
-def _is_real_float(dtype) -> bool:
-    return jnp.issubdtype(dtype, jnp.floating)
+    """JAX lets us see the bits."""
+    is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
+    expect(is_complex or bits_of(dtype) in (2, 4, *WORDS), argument, "a dtype of numbers, or bool", dtype)
 
 
 def elements_per_row(dtype, row_bytes: int) -> int:
@@ -58,7 +48,9 @@ def slot_size(array: jax.Array, num_slot_dims: int) -> int:
 
 def is_scattered_bitwise(dtype, platform: str) -> bool:
     dtype = jnp.dtype(dtype)
-    if _is_real_float(dtype) and dtype.itemsize < 4:
+    if bits_of(dtype) < 8:
+        return False
+    if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4:
         return platform != "cpu" and dtype.name in _MOVED_BITWISE_ON_GPUS
     return True
 
@@ -131,32 +123,53 @@ def _words_of(rows, length: int, dtype: jnp.dtype):
     per_word = dtype.itemsize // 2
     if per_word > 1:
         rows = rows.reshape(num_rows, row_bytes // dtype.itemsize, per_word)
-    words = lax.bitcast_convert_type(rows, WORDS[dtype.itemsize])
+    words = lax.bitcast_convert_type(rows, WORDS[8 * dtype.itemsize])
     words = words.reshape(num_rows, row_bytes // dtype.itemsize)[:, :length]
     return words != 0 if dtype == jnp.bool_ else words
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def pack(arrays: list[jax.Array], num_rows: int, row_bytes: int):
-    """`uint16 [num_rows, row_bytes / 2]`: the arrays one after the other, each in rows of its own, and zeros."""
-    parts = []
-    for array in arrays:
-        words = as_words(array.reshape(-1))
-        length = elements_per_row(array.dtype, row_bytes)
-        rows = rows_per_slot(array.size, array.dtype, row_bytes)
-        parts.append(_to_bytes(jnp.pad(words, (0, rows * length - array.size)).reshape(rows, length), row_bytes))
-    used = sum(len(part) for part in parts)
-    return jnp.concatenate([*parts, jnp.zeros((num_rows - used, row_bytes // 2), jnp.uint16)])
+def pack(arrays: list[jax.Array | np.ndarray], num_rows: int, row_bytes: int, device: jax.Device) -> jax.Array:
+    """`uint16 [num_rows, row_bytes / 2]`: the arrays one after the other, each in rows of its own, and zeros.
+
+    Each shape has a program of its own, so that another list of them compiles none; numpy's arrays need none.
+    """
+    rows = [rows_per_slot(array.size, array.dtype, row_bytes) for array in arrays]
+    placed = [(array, begin) for array, begin in zip(arrays, _begins(rows), strict=False) if array.size]
+    if any(isinstance(array, np.ndarray) for array in arrays):
+        data = np.zeros(num_rows * row_bytes, np.uint8)
+        for array, begin in placed:
+            if isinstance(array, np.ndarray):
+                data[begin * row_bytes :][: array.nbytes] = np.ravel(array).view(np.uint8)
+        packed = jax.device_put(data.view(np.uint16).reshape(num_rows, -1), device)
+    else:
+        packed = jnp.zeros((num_rows, row_bytes // 2), jnp.uint16, device=device)
+    for array, begin in placed:
+        if not isinstance(array, np.ndarray):
+            packed = _put(packed, array, begin, row_bytes)
+    return packed
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def unpack(packed, like: tuple[tuple[tuple[int, ...], str], ...], row_bytes: int):
+def unpack(packed: jax.Array, like: list[tuple[tuple[int, ...], str]], row_bytes: int) -> list[jax.Array]:
     """The arrays of these shapes and dtypes that `pack` put there."""
-    arrays, begin = [], 0
-    for shape, name in like:
-        dtype, size = jnp.dtype(name), math.prod(shape)
-        end = begin + rows_per_slot(size, dtype, row_bytes)
-        words = _words_of(packed[begin:end], elements_per_row(dtype, row_bytes), dtype)
-        arrays.append(from_words(words.reshape(-1)[:size].reshape(shape), dtype))
-        begin = end
-    return arrays
+    begins = _begins([rows_per_slot(math.prod(shape), name, row_bytes) for shape, name in like])
+    return [_get(packed, begin, shape, name, row_bytes) for begin, (shape, name) in zip(begins, like, strict=False)]
+
+
+def _begins(rows: list[int]) -> list[np.int32]:
+    return list(np.cumsum([0, *rows], dtype=np.int32))
+
+
+@functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
+def _put(packed, array, begin, row_bytes: int):
+    length = elements_per_row(array.dtype, row_bytes)
+    rows = rows_per_slot(array.size, array.dtype, row_bytes)
+    words = jnp.pad(as_words(array.reshape(-1)), (0, rows * length - array.size)).reshape(rows, length)
+    return lax.dynamic_update_slice_in_dim(packed, _to_bytes(words, row_bytes), begin, 0)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _get(packed, begin, shape: tuple[int, ...], name: str, row_bytes: int):
+    dtype, size = jnp.dtype(name), math.prod(shape)
+    rows = lax.dynamic_slice_in_dim(packed, begin, rows_per_slot(size, dtype, row_bytes), 0)
+    words = _words_of(rows, elements_per_row(dtype, row_bytes), dtype)
+    return from_words(words.reshape(-1)[:size].reshape(shape), dtype)

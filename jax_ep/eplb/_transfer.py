@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from numpy.typing import ArrayLike
 
 from jax_ep._checks import expect
-from jax_ep.eplb._communicator import EplbCommunicator
+from jax_ep.eplb._communicator import EplbCommunicator, expect_concrete
 from jax_ep.eplb._movers import TransferStatistics
 from jax_ep.eplb._plan import TransferPlan, plan_transfer
 from jax_ep.eplb._rows import expect_movable, slot_size
@@ -47,21 +47,19 @@ def transfer_experts(
       `params` with the experts in their new slots, sharded as before, once all have arrived.
 
     Raises:
-      ValueError, TypeError: an argument is unusable, or differs between processes.
+      ValueError, TypeError: an argument is unusable, on any process, or differs between them; on all processes.
       RuntimeError: a process did not call it within the timeout; on all that did.
       PeerTimeoutError: with transport "peer", a rank stopped; build another communicator.
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
-    old_slots, new_slots = _checked_slots("old", old), _checked_slots("new", new)
-    expect(
-        new_slots.shape == old_slots.shape, "new", f"shape {list(old_slots.shape)}", f"shape {list(new_slots.shape)}"
-    )
+    for path, leaf in leaves:
+        expect_concrete(f"params{jax.tree_util.keystr(path)}", leaf)
     if communicator is not None:
         expect(not arguments, "communicator", "None beside its arguments", sorted(arguments))
-        moved = _transferred(leaves, old_slots, new_slots, communicator, donate)
+        moved = _transferred(leaves, old, new, communicator, donate)
     else:
-        with _communicator_of(leaves, old_slots.ndim - 1, arguments) as built:
-            moved = _transferred(leaves, old_slots, new_slots, built, donate)
+        with _communicator_of(leaves, _checked_slots("old", old).ndim - 1, arguments) as built:
+            moved = _transferred(leaves, old, new, built, donate)
     return jax.tree.unflatten(structure, moved)
 
 
@@ -88,22 +86,40 @@ def _axes_of(spec: PartitionSpec, dim: int) -> tuple[str, ...]:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def _transferred(leaves, old: np.ndarray, new: np.ndarray, communicator: EplbCommunicator, donate: bool) -> list:
-    num_ranks = communicator.num_ranks
-    expect(old.shape[-1] % num_ranks == 0, "old", f"a multiple of the {num_ranks} ranks in slots", old.shape[-1])
-    plan = plan_transfer(np.atleast_2d(old), np.atleast_2d(new), num_ranks)
-    for path, leaf in leaves:
-        _check_leaf(f"params{jax.tree_util.keystr(path)}", leaf, old.shape, communicator)
+def _transferred(leaves, old: ArrayLike, new: ArrayLike, communicator: EplbCommunicator, donate: bool) -> list:
+    communicator._expect_live("transfer_experts")
     arrays = [leaf for _, leaf in leaves]
+    try:
+        plan, num_slot_dims = _plan(leaves, old, new, communicator)
+    except (TypeError, ValueError, RuntimeError) as error:
+        communicator._processes.agree("transfer_experts", "", error)  # which raises it on all processes
+        raise
     if len(communicator._processes.all) > 1:
         shapes = [(array.shape, str(array.dtype)) if hasattr(array, "shape") else None for array in arrays]
-        placements = hashlib.sha256(old.tobytes() + new.tobytes()).hexdigest()[:16]
-        communicator._processes.agree("transfer_experts", f"arrays {shapes}, placements {placements}")
+        placements = hashlib.sha256(np.asarray(old, np.int64).tobytes() + np.asarray(new, np.int64).tobytes())
+        text = f"arrays {shapes}, placements {placements.hexdigest()[:16]}"
+        communicator._processes.agree("transfer_experts", text)
     if plan.changes_nothing:
+        num_ranks = communicator.num_ranks
         communicator.statistics = TransferStatistics(0, np.zeros((num_ranks, num_ranks), np.int64))
         return arrays
     with communicator._moving():
-        return _filled(arrays, plan, communicator, old.ndim, donate)
+        return _filled(arrays, plan, communicator, num_slot_dims, donate)
+
+
+def _plan(leaves, old: ArrayLike, new: ArrayLike, communicator: EplbCommunicator) -> tuple[TransferPlan, int]:
+    """What moves, once all arguments of this process are checked; and the dimensions of slots."""
+    num_ranks = communicator.num_ranks
+    old_slots, new_slots = _checked_slots("old", old), _checked_slots("new", new)
+    expect(
+        new_slots.shape == old_slots.shape, "new", f"shape {list(old_slots.shape)}", f"shape {list(new_slots.shape)}"
+    )
+    num_slots = old_slots.shape[-1]
+    expect(num_slots % num_ranks == 0, "old", f"a multiple of the {num_ranks} ranks in slots", num_slots)
+    plan = plan_transfer(np.atleast_2d(old_slots), np.atleast_2d(new_slots), num_ranks)
+    for path, leaf in leaves:
+        _check_leaf(f"params{jax.tree_util.keystr(path)}", leaf, old_slots.shape, communicator)
+    return plan, old_slots.ndim
 
 
 def _filled(arrays: list, plan: TransferPlan, communicator: EplbCommunicator, num_slot_dims: int, donate: bool) -> list:
@@ -131,6 +147,7 @@ def _check_leaf(argument: str, leaf, slots: tuple[int, ...], communicator: EplbC
     wanted = f"shape [{', '.join(map(str, slots))}, ...]"
     expect(leaf.shape[: len(slots)] == slots, argument, wanted, f"shape {list(leaf.shape)}")
     expect_movable(argument, leaf.dtype)
+    expect(not leaf.is_deleted(), argument, "an array that is there", "one that was deleted")
     mesh, axis, dim = communicator.mesh, communicator.axis_name, len(slots) - 1
     sharding: Any = leaf.sharding
     fits = isinstance(sharding, NamedSharding) and _has_devices_of(sharding.mesh, mesh)
