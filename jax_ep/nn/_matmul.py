@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import jax
 
+from jax_ep._ffi import vary, varying_axes
+
 
 def default_grouped_matmul(implementation: str | None) -> Callable[..., jax.Array]:
     """`(rows [C, X], kernels [L, X, Y], group_sizes int32 [L]) -> [C, Y]` for a communicator's `implementation`.
@@ -26,25 +28,45 @@ def _has_tokamax() -> bool:
     return True
 
 
-# Its kernels, those of the backward pass too, mix dtypes, which a user may have forbidden: so a rule of our own.
-_as_tokamax_needs = functools.partial(jax.numpy_dtype_promotion, "standard")
+def _tokamax_ragged_dot(rows, kernels, group_sizes):
+    # Here, where JAX sees it: gradients of kernels that are the same on several devices are summed over those.
+    axes = varying_axes(rows) | varying_axes(kernels) | varying_axes(group_sizes)
+    return _multiplied(*(vary(operand, axes) for operand in (rows, kernels, group_sizes)))
 
 
 @jax.custom_vjp
-def _tokamax_ragged_dot(rows, kernels, group_sizes):
-    return _forward(rows, kernels, group_sizes)[0]
+def _multiplied(rows, kernels, group_sizes):
+    return _call_tokamax("ragged_dot", rows, kernels, group_sizes, rows.dtype)
 
 
 def _forward(rows, kernels, group_sizes):
+    return _multiplied(rows, kernels, group_sizes), (rows, kernels, group_sizes)
+
+
+def _dimensions(contracted: tuple[int, int], groups: list[int]) -> jax.lax.RaggedDotDimensionNumbers:
+    left, right = contracted
+    return jax.lax.RaggedDotDimensionNumbers((((left,), (right,)), ((), ())), [0], groups)
+
+
+def _backward(operands, gradient):
+    rows, kernels, group_sizes = operands
+    of_rows = dict(ragged_dot_dimension_numbers=_dimensions((1, 2), [0]))
+    of_kernels = dict(ragged_dot_dimension_numbers=_dimensions((0, 0), []))
+    return (
+        _call_tokamax("ragged_dot_general", gradient, kernels, group_sizes, rows.dtype, **of_rows),
+        _call_tokamax("ragged_dot_general", rows, gradient, group_sizes, kernels.dtype, **of_kernels),
+        None,
+    )
+
+
+_multiplied.defvjp(_forward, _backward)
+
+
+def _call_tokamax(name: str, left, right, group_sizes, dtype, **arguments):
+    """Within a rule of our own: its kernels mix dtypes, which a user may have forbidden, and do not say that results vary
+    over mesh axes, so that JAX would differentiate them as if those were the same on all devices."""
     import tokamax
 
-    with _as_tokamax_needs():
-        return jax.vjp(lambda rows, kernels: tokamax.ragged_dot(rows, kernels, group_sizes), rows, kernels)
-
-
-def _backward(pull, gradient):
-    with _as_tokamax_needs():
-        return *pull(gradient), None
-
-
-_tokamax_ragged_dot.defvjp(_forward, _backward)
+    with jax.numpy_dtype_promotion("standard"):
+        out = getattr(tokamax, name)(left, right, group_sizes, preferred_element_type=dtype, **arguments)
+    return vary(out, varying_axes(left))
