@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
 from jax_ep._ffi import vary, varying_axes
 
@@ -63,10 +64,16 @@ _multiplied.defvjp(_forward, _backward)
 
 
 def _call_tokamax(name: str, left, right, group_sizes, dtype, **arguments):
-    """Within a rule of our own: its kernels mix dtypes, which a user may have forbidden, and do not say that results vary
-    over mesh axes, so that JAX would differentiate them as if those were the same on all devices."""
+    """Within a rule of our own: its kernels mix dtypes, which users may have forbidden, and do not say that results
+    vary over mesh axes: JAX would differentiate them as if those were the same everywhere."""
     import tokamax
 
     with jax.numpy_dtype_promotion("standard"):
         out = getattr(tokamax, name)(left, right, group_sizes, preferred_element_type=dtype, **arguments)
-    return vary(out, varying_axes(left))
+    out = vary(out, varying_axes(left))
+    if out.ndim == 3:
+        return out
+    # Rows beyond all groups are left as memory was. The gradient in kernels multiplies them by zeros, and a NaN by zero
+    # is NaN.
+    is_of_group = jnp.arange(out.shape[0], dtype=group_sizes.dtype) < group_sizes.sum()
+    return jnp.where(is_of_group[:, None], out, jnp.zeros((), out.dtype))
