@@ -447,6 +447,16 @@ def test_wait_outside_shard_map_and_after_destroy(implementation, mesh, case):
             on_each_rank(comm, request.wait)
 
 
+def test_vmap_is_refused(native_implementation):
+    """Calls of several devices cannot be put into one by those who see one device."""
+    mesh = suite.make_mesh(native_implementation, suite.num_ranks_at_most(native_implementation, 2))
+    case = Case(num_ranks=mesh.size)
+    with suite.communicator(native_implementation, mesh, case) as comm:
+        step, inputs = step_and_inputs(comm, case)
+        with pytest.raises(NotImplementedError, match="vmap"):
+            jax.vmap(step)(jax.tree.map(lambda x: jnp.stack([x, x]), inputs))
+
+
 def test_compiled_program_after_destroy(native_implementation):
     mesh = suite.make_mesh(native_implementation, suite.num_ranks_at_most(native_implementation, 2))
     case = Case(num_ranks=mesh.size)
