@@ -94,8 +94,8 @@ struct CombineStartParams {
   int32_t* ticket;  // [2] written
 };
 
-// In the place of a slot's source: it stays empty, which is all zeros, or its rows come from another
-// rank.
+// In the place of a slot's source: it stays empty, which is all zeros, or its rows come from
+// another rank.
 enum NoSource : int32_t { kEmpty = -1, kArrives = -2 };
 
 // What a transfer of slots does, as one rank sees it.

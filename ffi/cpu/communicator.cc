@@ -319,8 +319,7 @@ void Communicator::PublishRank(const Job& job, const Arrival& arrival, std::byte
   } else if (const auto* combine = std::get_if<CombineParams>(&arrival.params)) {
     // Summed before they travel: one row per (token, rank) instead of up to K.
     Pieces pieces(kTokensPerPiece);
-    for (const int source : RemoteRanksOf(job))
-      pieces.Add(source, combine->num_tokens);
+    for (const int source : RemoteRanksOf(job)) pieces.Add(source, combine->num_tokens);
     pieces.ForEach([&](int64_t source, int64_t begin, int64_t end) {
       const CombineSource from{
           static_cast<const std::byte*>(combine->y), combine->row_weights, combine->row_scalars,
@@ -476,10 +475,9 @@ void Communicator::ComputeTransfer(const Job& job, const RemoteRanks& remote) {
     const int64_t i = pair / shape.num_ranks;
     const int src = static_cast<int>(pair % shape.num_ranks), me = job.arrivals[i].rank;
     const std::byte* published = remote[src];
-    const TransferSource from{local[src], published == nullptr
-                                              ? nullptr
-                                              : published + layout_.partial +
-                                                    me * layout_.partial_stride};
+    const TransferSource from{
+        local[src],
+        published == nullptr ? nullptr : published + layout_.partial + me * layout_.partial_stride};
     PlaceRows(shape, lap_of(i), src, from, me, begin, end);
   });
   slots.ForEach([&](int64_t i, int64_t slot, int64_t) { FillSlot(lap_of(i).params, slot); });

@@ -1,5 +1,5 @@
-// Transfer: slots from rank to rank. What crosses to another process goes in laps through windows, a
-// row at a time, as on GPUs; within a process, rows are read where they lie.
+// Transfer: slots from rank to rank. What crosses to another process goes in laps through windows,
+// a row at a time, as on GPUs; within a process, rows are read where they lie.
 #include <algorithm>
 #include <cstring>
 

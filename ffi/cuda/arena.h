@@ -41,8 +41,9 @@ struct ArenaHeader {
 enum class Half : int32_t { kBoth, kSend, kReceive };
 
 // Every exchange has the next epoch, a transfer one for each time that it fills the windows. Flags
-// hold the epoch of what they announce and are never reset. Windows alternate between two halves: a rank enters epoch n + 2 only after every peer
-// entered n + 1, and so has read everything of epoch n. All offsets in bytes.
+// hold the epoch of what they announce and are never reset. Windows alternate between two halves: a
+// rank enters epoch n + 2 only after every peer entered n + 1, and so has read everything of epoch
+// n. All offsets in bytes.
 struct ArenaLayout {
   int64_t header;
   int64_t ready;        // [R] flags: the peer entered this epoch

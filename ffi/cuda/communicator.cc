@@ -309,8 +309,7 @@ std::string Communicator::Transfer(int32_t ordinal, const TransferParams& params
   ScopedDevice scope(ordinal);
   const Device& device = devices_.at(ordinal);
   const Blocks blocks = BlocksOf(device, spec_.dispatch_blocks, kTransferSenders);
-  return Failed("transfer",
-                LaunchTransfer(ArenaOf(device), params, blocks, stream));
+  return Failed("transfer", LaunchTransfer(ArenaOf(device), params, blocks, stream));
 }
 
 std::string Communicator::Stores(int32_t ordinal, const StoresParams& params, cudaStream_t stream) {

@@ -1,9 +1,9 @@
-// Transfer: slots, such as the weights of experts, from rank to rank. A slot travels as rows, through
-// the windows that dispatch uses. All rows that go to one rank are numbered; the windows hold a lap
-// of them at a time, in turns of two, so that the memory does not grow with what is moved, and
-// nothing is put together before it leaves: sending blocks read rows from the slots themselves, and
-// receiving blocks put them where they belong. Those also copy the slots that stay on their rank,
-// which fills the time until others arrive.
+// Transfer: slots, such as the weights of experts, from rank to rank. A slot travels as rows,
+// through the windows that dispatch uses. All rows that go to one rank are numbered; the windows
+// hold a lap of them at a time, in turns of two, so that the memory does not grow with what is
+// moved, and nothing is put together before it leaves: sending blocks read rows from the slots
+// themselves, and receiving blocks put them where they belong. Those also copy the slots that stay
+// on their rank, which fills the time until others arrive.
 //
 // Nobody waits in a circle: all ranks work on chunks in the order of their numbers, a sender waits
 // only until its peer has read the chunk of two laps before, and has announced by then all that it
@@ -66,8 +66,8 @@ struct Transfer {
     const int64_t lap = int64_t{chunk.lap} * layout.max_tokens,
                   first = lap + chunk.in_lap * layout.tokens_per_chunk;
     chunk.first = first;
-    chunk.last = min(min(first + layout.tokens_per_chunk, lap + layout.max_tokens),
-                     slots * rows_per_slot);
+    chunk.last =
+        min(min(first + layout.tokens_per_chunk, lap + layout.max_tokens), slots * rows_per_slot);
     return chunk;
   }
   // The place of a row in the window at `owner`.
@@ -76,7 +76,9 @@ struct Transfer {
                      row - int64_t{chunk.lap} * arena.layout.max_tokens);
   }
   __device__ int64_t Offset(int64_t row) const { return row % rows_per_slot * row_bytes; }
-  __device__ int64_t BytesFrom(int64_t offset) const { return min(row_bytes, p.slot_bytes - offset); }
+  __device__ int64_t BytesFrom(int64_t offset) const {
+    return min(row_bytes, p.slot_bytes - offset);
+  }
   __device__ const std::byte* Source(int64_t slot, int64_t offset) const {
     return static_cast<const std::byte*>(p.source) + slot * p.slot_bytes + offset;
   }
@@ -85,8 +87,8 @@ struct Transfer {
   }
 };
 
-// Moves a row to the `to` of each lane that has one; a warp. Units are what slots are a whole number
-// of: bulk copies take vectors of 16 bytes.
+// Moves a row to the `to` of each lane that has one; a warp. Units are what slots are a whole
+// number of: bulk copies take vectors of 16 bytes.
 template <typename Unit>
 __device__ void CopyRow(RowBuffer& buffer, std::byte* to, const void* from, int64_t bytes) {
   const int units = static_cast<int>(bytes / static_cast<int64_t>(sizeof(Unit)));
@@ -102,7 +104,8 @@ __device__ void CopyRow(RowBuffer& buffer, std::byte* to, const void* from, int6
   }
 }
 
-// A row that is there for no reason but to be noticed, or of zeros; a warp.
+// Fills a row with one byte: 0 in an empty slot, and 0xff, a NaN to floats, where nothing came; a
+// warp.
 template <typename Unit>
 __device__ void FillRowWith(std::byte* row, int64_t bytes, int byte) {
   Unit value;
@@ -153,8 +156,7 @@ __device__ void Send(const Transfer& t, const Team& team, RowBuffer& buffer) {
     const int distance = 1 + static_cast<int>(tasks.current() % t.peers()),
               peer = (arena.rank + distance) % arena.layout.num_ranks;
     const int64_t begin = tables.send_begin[peer];
-    const Chunk chunk =
-        t.ChunkOf(tasks.current() / t.peers(), tables.send_begin[peer + 1] - begin);
+    const Chunk chunk = t.ChunkOf(tasks.current() / t.peers(), tables.send_begin[peer + 1] - begin);
     tasks.Ask();
     if (chunk.first >= chunk.last) {
       tasks.Advance();
@@ -166,13 +168,12 @@ __device__ void Send(const Transfer& t, const Team& team, RowBuffer& buffer) {
       buffer.WaitForStores();
       team.Sync();
       sent.Announce(team);
-      is_free = team.SyncAnd(
-          team.thread != 0 || Wait(arena, room.flag, room.epoch, peer, Phase::kTransfer));
+      is_free = team.SyncAnd(team.thread != 0 ||
+                             Wait(arena, room.flag, room.epoch, peer, Phase::kTransfer));
     }
     ptx::fence_proxy_async();  // what was read there is overwritten by bulk copies
     for (int64_t row = chunk.first + team.warp; is_free && row < chunk.last; row += kTeamWarps) {
-      const int64_t slot = tables.send_slots[begin + row / t.rows_per_slot],
-                    offset = t.Offset(row);
+      const int64_t slot = tables.send_slots[begin + row / t.rows_per_slot], offset = t.Offset(row);
       int4* window = t.Window(chunk, peer, arena.rank, row);
       CopyRow<Unit>(buffer, threadIdx.x % 32 == 0 ? reinterpret_cast<std::byte*>(window) : nullptr,
                     t.Source(slot, offset), t.BytesFrom(offset));
@@ -255,8 +256,7 @@ __device__ void FillChunk(const Transfer& t, const Team& team, RowBuffer& buffer
 template <typename Unit>
 __device__ void Receive(const Transfer& t, const Team& team, RowBuffer& buffer) {
   const int64_t arriving = t.num_chunks() * t.peers(),
-                staying = CeilDiv(t.p.num_slots * t.rows_per_slot,
-                                  t.arena.layout.tokens_per_chunk),
+                staying = CeilDiv(t.p.num_slots * t.rows_per_slot, t.arena.layout.tokens_per_chunk),
                 all = arriving + staying;
   Tasks tasks(team, &t.arena.Header()->receive_tasks);
   while (tasks.current() < all) {

@@ -27,8 +27,8 @@ class TransferWalk {
     const int64_t row = shape.row_bytes();
     // Odd ones, parts of rows, and several laps.
     const int64_t window = row * shape.max_tokens_per_rank;
-    slot_bytes_ = OneOf<int64_t>(random, {1, 6, 20, 24, 16, row, 2 * row + 16, 3 * window + 16,
-                                          2 * window, row + 2});
+    slot_bytes_ = OneOf<int64_t>(
+        random, {1, 6, 20, 24, 16, row, 2 * row + 16, 3 * window + 16, 2 * window, row + 2});
     for (Rank& rank : ranks_) {
       rank.source.resize(num_source_ * slot_bytes_);
       for (auto& byte : rank.source) byte = static_cast<std::byte>(Between(random, 0, 255));
@@ -71,8 +71,8 @@ class TransferWalk {
     for (int i = 0; i < num_ranks_ * num_dest_; ++i) {
       const int rank = static_cast<int>(Between(random, -1, num_ranks_ - 1));
       const bool from_first = skew == 0 && rank > 0;
-      wanted_.push_back({from_first ? 0 : rank,
-                         static_cast<int>(Between(random, 0, num_source_ - 1))});
+      wanted_.push_back(
+          {from_first ? 0 : rank, static_cast<int>(Between(random, 0, num_source_ - 1))});
     }
   }
 
