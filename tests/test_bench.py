@@ -371,7 +371,8 @@ def test_verification_of_products_is_a_loop_over_groups():
 def test_products_with_tokamax(tiny_experts, monkeypatch):
     matmul = pytest.importorskip("jax_ep.nn._matmul")
     fake = types.ModuleType("tokamax")
-    fake.ragged_dot = lambda rows, kernels, sizes: lax.ragged_dot(rows, kernels, sizes)
+    fake.ragged_dot = lax.ragged_dot
+    fake.ragged_dot_general = lax.ragged_dot_general
     monkeypatch.setitem(sys.modules, "tokamax", fake)
     matmul._has_tokamax.cache_clear()
     try:
