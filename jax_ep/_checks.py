@@ -64,3 +64,8 @@ def expect_inside_shard_map(mesh: jax.sharding.Mesh, axis_name: str, op: str) ->
     theirs = tuple(zip(current.axis_names, current.axis_sizes, strict=True))
     ours = tuple(zip(mesh.axis_names, mesh.devices.shape, strict=True))
     expect(theirs == ours, op, f"shard_map over the communicator's mesh {ours}", f"mesh {theirs}")
+
+
+def expect_concrete(argument: str, array) -> None:
+    if isinstance(array, jax.core.Tracer):
+        raise TypeError(f"{argument}: expected a concrete array, got a tracer; call it outside jax.jit")

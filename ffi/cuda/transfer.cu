@@ -25,7 +25,7 @@ constexpr int kWarps = kThreads / 32;
 
 // A few rows of one pair of ranks, which share a flag.
 struct Chunk {
-  int64_t number, first, last;  // of the pair's rows
+  int64_t first, last;  // of the pair's rows
   int64_t in_lap;
   uint32_t lap;
 };
@@ -60,7 +60,6 @@ struct Transfer {
   __device__ Chunk ChunkOf(int64_t number, int64_t slots) const {
     const ArenaLayout& layout = arena.layout;
     Chunk chunk;
-    chunk.number = number;
     chunk.lap = static_cast<uint32_t>(number / layout.max_chunks);
     chunk.in_lap = number % layout.max_chunks;
     const int64_t lap = int64_t{chunk.lap} * layout.max_tokens,

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_ep import _bootstrap, _ffi
 from jax_ep._bootstrap import Processes
-from jax_ep._checks import expect, expect_int, expect_number
+from jax_ep._checks import expect, expect_concrete, expect_int, expect_number
 from jax_ep._config import _IMPLEMENTATIONS
 from jax_ep.eplb import _rows
 from jax_ep.eplb._movers import Mover, TransferStatistics
@@ -300,11 +300,6 @@ def _has_kernels(platform: str, implementation: str | None) -> bool:
     except NotImplementedError:
         return False
     return True
-
-
-def expect_concrete(argument: str, array) -> None:
-    if isinstance(array, jax.core.Tracer):
-        raise TypeError(f"{argument}: expected a concrete array, got a tracer; call it outside jax.jit")
 
 
 def _deleted(sends: list[tuple[_Message, Any]]) -> ValueError | None:

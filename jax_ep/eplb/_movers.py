@@ -61,7 +61,7 @@ def filled_shape(shape: tuple[int, ...], num_slots: int, num_slot_dims: int) -> 
     return (*outer, num_slots // math.prod(outer), *shape[num_slot_dims:])
 
 
-def by_rank(table: np.ndarray, mesh: jax.sharding.Mesh, axis_name: str) -> jax.Array:
-    """`[R, N]` as `[R * N]` over the axis, without asking other processes, as `device_put` would, for theirs."""
-    sharding, flat = NamedSharding(mesh, PartitionSpec(axis_name)), table.reshape(-1)
-    return jax.make_array_from_callback(flat.shape, sharding, lambda index: flat[index])
+def placed(table: np.ndarray, mesh: jax.sharding.Mesh, *spec: str) -> jax.Array:
+    """Split by `spec`, without asking other processes, as `device_put` would, whether theirs is the same."""
+    sharding = NamedSharding(mesh, PartitionSpec(*spec))
+    return jax.make_array_from_callback(table.shape, sharding, lambda index: table[index])

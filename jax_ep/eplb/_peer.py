@@ -15,7 +15,7 @@ from jax_ep._transfer import ARRIVES, TransferTables, transfer
 from jax_ep._words import as_words, bits_of, from_words
 from jax_ep.communicator import MoECommunicator
 from jax_ep.eplb import _rows
-from jax_ep.eplb._movers import Mover, by_rank, filled_shape, named_sharding
+from jax_ep.eplb._movers import Mover, filled_shape, named_sharding, placed
 from jax_ep.eplb._plan import MoveTables, TransferPlan
 
 # Of rows on their way to one peer, and to all, twice: more than the link holds, little enough to stay in a cache.
@@ -61,7 +61,7 @@ class PeerMover(Mover):
     def _placed_tables(self, plan: TransferPlan, mesh: jax.sharding.Mesh) -> jax.Array:
         """Those of the last plan are kept: all arrays of a model are filled by it."""
         if self._last is None or self._last[0] is not plan or self._last[1] != mesh:
-            self._last = plan, mesh, by_rank(tables_of(plan).pack(), mesh, self._axis_name)
+            self._last = plan, mesh, placed(tables_of(plan).pack().reshape(-1), mesh, self._axis_name)
         return self._last[2]
 
     def _build(self, sharding: NamedSharding, num_slots: int, num_slot_dims: int) -> Callable:

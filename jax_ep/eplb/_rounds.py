@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_ep._words import as_words, from_words
 from jax_ep.eplb import _rows
-from jax_ep.eplb._movers import Mover, filled_shape, named_sharding
+from jax_ep.eplb._movers import Mover, filled_shape, named_sharding, placed
 from jax_ep.eplb._plan import Moves, MoveTables, TransferPlan
 from jax_ep.eplb._transports import Transport
 
@@ -57,7 +57,7 @@ class RoundsMover(Mover):
         rows = moves.counts(transport.num_ranks) * per_slot
         layout, num_rounds = transport.layout(rows)
         step = self._round(sharding, layout, per_slot, num_slot_dims)
-        tables = [_replicated(table, sharding.mesh) for table in MoveTables.of(moves, transport.num_ranks)]
+        tables = [placed(table, sharding.mesh) for table in MoveTables.of(moves, transport.num_ranks)]
         for first, count in rounds_of(rows, num_rounds):
             dest = step(dest, source, tables, first, count)
         return dest, num_rounds
@@ -113,12 +113,6 @@ class RoundsMover(Mover):
             return scatter(dest, transport.exchange(layout, rows, count), tables, first, count)
 
         return staged
-
-
-def _replicated(array: np.ndarray, mesh: jax.sharding.Mesh) -> jax.Array:
-    """Without asking other processes, as `device_put` would, whether theirs is the same."""
-    sharding = NamedSharding(mesh, PartitionSpec())
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def _slot_and_row(slots, begin, first, peer, i, per_slot: int):

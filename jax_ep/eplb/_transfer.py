@@ -10,8 +10,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from numpy.typing import ArrayLike
 
-from jax_ep._checks import expect
-from jax_ep.eplb._communicator import EplbCommunicator, expect_concrete
+from jax_ep._checks import expect, expect_concrete
+from jax_ep.eplb._communicator import EplbCommunicator
 from jax_ep.eplb._movers import TransferStatistics
 from jax_ep.eplb._plan import TransferPlan, plan_transfer
 from jax_ep.eplb._rows import expect_movable, slot_size

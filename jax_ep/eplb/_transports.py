@@ -37,26 +37,14 @@ class Transport(abc.ABC):
         expect(budget_bytes >= least, "memory_budget_bytes", f"at least {least} bytes", budget_bytes)
         self.max_rows = (budget_bytes - _SMALL_BYTES) // per_row
 
+    @abc.abstractmethod
     def layout(self, rows: np.ndarray) -> tuple[Any, int]:
-        """For rows `[R, R]` by source and destination: how they lie in a round, hashable, and how many rounds.
+        """For rows `[R, R]` by source and destination: how they lie in a round, hashable, and how many rounds."""
 
-        By default sorted by peer, without gaps.
-        """
-        most = max(rows.sum(0).max(), rows.sum(1).max())
-        # A pair's share of a round is rounded up, so a rank has up to R rows more than the mean.
-        num_rounds = 1 if most <= self.max_rows else -(-int(most) // (self.max_rows - self.num_ranks))
-        share = -(-rows // num_rounds)
-        return min(self.max_rows, power_of_two(max(share.sum(0).max(), share.sum(1).max()))), num_rounds
-
+    @abc.abstractmethod
     def positions(self, layout, me, count, is_sender: bool):
         """For each row of a rank's round: the rank at its other end, its number among that one's rows, and whether
         there is such a row. Traced; `count` int32 `[R]` has the rows per peer."""
-        del me, is_sender
-        position = jnp.arange(layout, dtype=jnp.int32)
-        end = jnp.cumsum(count, dtype=jnp.int32)
-        peer = jnp.searchsorted(end, position, side="right", method="compare_all").astype(jnp.int32)
-        peer = jnp.minimum(peer, self.num_ranks - 1)
-        return peer, position - (end - count)[peer], position < end[-1]
 
     @abc.abstractmethod
     def exchange(self, layout, rows, count):
@@ -118,6 +106,22 @@ class HostTransport(Transport):
     def __init__(self, mesh, axis_name, row_bytes, budget_bytes, processes: Processes):
         super().__init__(mesh.shape[axis_name], row_bytes, budget_bytes)
         self._axis_name, self._processes = axis_name, processes
+
+    def layout(self, rows: np.ndarray) -> tuple[Any, int]:
+        """Sorted by peer, without gaps."""
+        most = max(rows.sum(0).max(), rows.sum(1).max())
+        # A pair's share of a round is rounded up, so a rank has up to R rows more than the mean.
+        num_rounds = 1 if most <= self.max_rows else -(-int(most) // (self.max_rows - self.num_ranks))
+        share = -(-rows // num_rounds)
+        return min(self.max_rows, power_of_two(max(share.sum(0).max(), share.sum(1).max()))), num_rounds
+
+    def positions(self, layout, me, count, is_sender: bool):
+        del me, is_sender
+        position = jnp.arange(layout, dtype=jnp.int32)
+        end = jnp.cumsum(count, dtype=jnp.int32)
+        peer = jnp.searchsorted(end, position, side="right", method="compare_all").astype(jnp.int32)
+        peer = jnp.minimum(peer, self.num_ranks - 1)
+        return peer, position - (end - count)[peer], position < end[-1]
 
     def exchange(self, layout, rows, count):
         begin = np.cumsum(count, axis=1) - count
