@@ -108,15 +108,21 @@ def test_feeding_back_is_calling_again(decode_problem, mesh):
     verify.Expected(decode_problem).check_sums(got)
 
 
-def test_short_calls_are_many(mesh):
+def test_short_calls_are_many(mesh, monkeypatch):
+    clock = types.SimpleNamespace(now=0.0)
+    monkeypatch.setattr(timing, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
     made = []
 
     def program_of(calls):
         made.append(calls)
-        return lambda: time.sleep(calls * 1e-4)
+
+        def run():
+            clock.now += calls * 1e-4
+
+        return run
 
     _, calls, per_program = timing._long_enough(program_of, 4, 512, 2, mesh)
-    assert made[0] == 4 and calls == made[-1] >= 40 and per_program >= timing._SHORTEST_PROGRAM_S
+    assert made == [4, 52] and calls == 52 and per_program == pytest.approx(52e-4)
     assert timing._long_enough(program_of, 4, 10, 2, mesh)[1] == 10
     assert timing._long_enough(program_of, 100, 512, 2, mesh)[1] == 100
 
