@@ -1,58 +1,23 @@
-"""From a mesh to connected groups: who takes part, how they reach each other's memory, and the end of it.
-
-The only file that touches the key-value store of `jax.distributed`.
-"""
+"""From a mesh to connected groups: who takes part, how they reach each other's memory, and the end of it."""
 
 from __future__ import annotations
 
-import collections
-import hashlib
 import json
 import os
 import pathlib
-import time
-from typing import Any
 
 import jax
 import numpy as np
-from jax._src import distributed
 
 from jax_ep import _ffi
+from jax_ep._processes import Processes
 from jax_ep._version import __version__
-
-_KEY = "jax_ep"
-_TEARDOWN_TIMEOUT_S = 10.0
-# The store is not made for large values.
-_CHUNK_BYTES = 1 << 20
-
-# How many communicators this process made over the same devices: equal in all their processes.
-_made = collections.Counter[str]()
-# Of `Processes`, by name and process: how many shares began and ended; and keys that others may still be reading.
-_shares = collections.Counter[str]()
-_left = collections.defaultdict[tuple[int, ...], list[str]](list)
 
 
 def groups_of(mesh: jax.sharding.Mesh, axis_name: str) -> list[list[jax.Device]]:
     """The devices along `axis_name`, one list per position on the mesh's other axes."""
     axis = mesh.axis_names.index(axis_name)
     return np.moveaxis(mesh.devices, axis, -1).reshape(-1, mesh.devices.shape[axis]).tolist()
-
-
-def communicator_id(mesh: jax.sharding.Mesh, axis_name: str) -> int:
-    """A number that names a new communicator in all its processes, and no other in any of them."""
-    identity = _identity(mesh, axis_name)
-    _made[identity] += 1
-    digest = hashlib.sha256(f"{identity} {_made[identity]}".encode()).digest()
-    return int.from_bytes(digest[:7], "big")
-
-
-def give_back_id(mesh: jax.sharding.Mesh, axis_name: str) -> None:
-    """The last one of `communicator_id`, which other processes did not come to use."""
-    _made[_identity(mesh, axis_name)] -= 1
-
-
-def _identity(mesh: jax.sharding.Mesh, axis_name: str) -> str:
-    return f"{[device.id for device in mesh.devices.flat]} {mesh.devices.shape} {mesh.axis_names} {axis_name}"
 
 
 def host_identity() -> str:
@@ -75,19 +40,31 @@ class Connection:
     """The native communicators of this process's devices, connected to those of all others.
 
     Raises:
-      RuntimeError: a process disagrees about the configuration, or two ranks cannot reach each other.
+      RuntimeError: a process does not come, disagrees about the configuration, or cannot reach what it has to; on all.
     """
 
     def __init__(self, mesh, config, *, id: int, native_shape):
+        self._groups = groups_of(mesh, config.axis_name)
+        self._processes = Processes.of(mesh, id, config.timeout_s)
+        self.native, problem = None, None
+        try:
+            self.native = self._disconnected(config, id, native_shape)
+        except Exception as error:
+            problem = error
+        try:
+            theirs = self._told_by_all(f"jax_ep {__version__} {config}", problem)
+            self._connect_to_all(theirs)
+        except BaseException:
+            if self.native is not None:
+                self.native.destroy()
+            raise
+
+    def _disconnected(self, config, id: int, native_shape):
         extension = _ffi.extension(config.implementation)
-        groups = groups_of(mesh, config.axis_name)
-        self._id = id
-        self._timeout_s = config.timeout_s
-        self._processes = sorted({device.process_index for group in groups for device in group})
         spec = extension.CommunicatorSpec(
             id=id,
             shape=native_shape,
-            groups=[[(device.process_index, ordinal(device)) for device in group] for group in groups],
+            groups=[[(device.process_index, ordinal(device)) for device in group] for group in self._groups],
             process=jax.process_index(),
             timeout_s=config.timeout_s,
             num_sms=config.num_sms or 0,
@@ -95,57 +72,37 @@ class Connection:
             combine_blocks=config.combine_blocks or (0, 0),
             max_requests=config.max_requests,
         )
-        self.native = extension.Communicator(spec, across_processes=len(self._processes) > 1)
-        try:
-            if len(self._processes) > 1:
-                self._exchange(groups, f"jax_ep {__version__} {config}")
-        except BaseException:
-            self.native.destroy()
-            raise
+        return extension.Communicator(spec, across_processes=len(self._processes.all) > 1)
 
-    def _exchange(self, groups, configuration: str) -> None:
-        me = jax.process_index()
-        mine = dict(
-            configuration=configuration, host=host_identity(), pid=os.getpid(), handle=self.native.handle().hex()
-        )
-        client = distributed.global_state.client
-        milliseconds = int(self._timeout_s * 1000)
-        client.key_value_set_bytes(f"{_KEY}/{self._id}/{me}", json.dumps(mine).encode())
-        try:
-            theirs = {
-                process: json.loads(client.blocking_key_value_get_bytes(f"{_KEY}/{self._id}/{process}", milliseconds))
-                for process in self._processes
-            }
-        except jax.errors.JaxRuntimeError as error:
-            raise RuntimeError(
-                f"MoECommunicator: not all of processes {self._processes} built it within timeout_s={self._timeout_s}"
-            ) from error
+    def _told_by_all(self, configuration: str, problem: Exception | None) -> dict[int, dict]:
+        """What the others have to know of each process, once all have the same configuration."""
+        mine = dict(configuration=configuration, host=host_identity(), pid=os.getpid(), handle="")
+        if len(self._processes.all) > 1 and self.native is not None:
+            mine["handle"] = self.native.handle().hex()
+        told = self._processes.share("MoECommunicator", json.dumps(mine).encode(), problem)
+        theirs = {process: json.loads(text) for process, text in told.items()}
         for process, their in theirs.items():
-            _check_agreement(groups, me, mine, process, their)
-        neighbours = _neighbours(groups, me)
-        for process in neighbours:
-            _check_host(groups, me, mine, process, theirs[process])
-        try:
-            for process in neighbours:
-                _connect(self.native, groups, me, process, theirs[process])
-        finally:
-            # Nobody may go on, or leave, before all have opened what they need. After it the keys serve no one.
-            self._barrier("connected", self._timeout_s)
-            client.key_value_delete(f"{_KEY}/{self._id}/{me}")
+            _check_agreement(self._groups, jax.process_index(), mine, process, their)
+        return theirs
 
-    def _barrier(self, name: str, timeout_s: float) -> None:
-        distributed.global_state.client.wait_at_barrier(
-            f"{_KEY}/{self._id}/{name}", int(timeout_s * 1000), process_ids=self._processes
-        )
+    def _connect_to_all(self, theirs: dict[int, dict]) -> None:
+        me, problem = jax.process_index(), None
+        try:
+            neighbours = _neighbours(self._groups, me)
+            for process in neighbours:
+                _check_host(self._groups, me, theirs[me], process, theirs[process])
+            for process in neighbours:
+                _connect(self.native, self._groups, me, process, theirs[process])
+        except RuntimeError as error:
+            problem = error
+        # Nobody may go on, or leave, before all have opened what they need.
+        self._processes.share("MoECommunicator, connected", b"", problem)
 
     def close(self) -> None:
         """Frees everything, once no process uses another's memory any more, or has stopped answering."""
         self.native.disconnect()
-        if len(self._processes) > 1 and distributed.global_state.client is not None:
-            try:
-                self._barrier("disconnected", _TEARDOWN_TIMEOUT_S)
-            except jax.errors.JaxRuntimeError:
-                pass  # A process that died cannot use our memory either.
+        self._processes.part()  # a process that died cannot use our memory either
+        self._processes.close()
         self.native.destroy()
 
 
@@ -187,138 +144,3 @@ def _connect(native, groups, me: int, process: int, their: dict) -> None:
         raise RuntimeError(
             f"MoECommunicator: nothing connects {_names(groups, me, process)}, pid {their['pid']}: {error}"
         ) from error
-
-
-class Processes:
-    """Processes that tell each other bytes: all call its methods in the same order.
-
-    Every wait ends: with what was waited for, or with an error on all processes, `timeout_s` and up to a second later,
-    since the service looks for barriers that are late once a second.
-
-    Args:
-      all: their indices.
-      me: the index of this one.
-      client: of the key-value store; not used by a process alone.
-      name: equal in all of them. One that was used before goes on where it ended.
-      timeout_s: for each wait.
-    """
-
-    def __init__(self, all: list[int], me: int, client: Any, name: str, timeout_s: float):
-        self.all, self._me, self._client = all, me, client
-        self._prefix = f"{_KEY}/eplb/{name}"
-        self._mine = f"{self._prefix}/{me}"
-        self._timeout_s = timeout_s
-        self._round = 0
-
-    @staticmethod
-    def of(mesh: jax.sharding.Mesh, id: int, timeout_s: float) -> Processes:
-        """Those of a mesh; `id` as from `communicator_id`."""
-        all = sorted({device.process_index for device in mesh.devices.flat})
-        return Processes(all, jax.process_index(), distributed.global_state.client, str(id), timeout_s)
-
-    def share(self, what: str, mine: bytes, problem: Exception | None = None) -> dict[int, bytes]:
-        """What each process calls it with, once all have.
-
-        Args:
-          what: the name of the call.
-          mine: what this process has to tell.
-          problem: what keeps it from going on, which all raise then.
-
-        Raises:
-          RuntimeError: not all of them called it within the timeout; on all that did.
-          ValueError: they are in different calls; on all.
-        """
-        if self.all == [self._me]:
-            if problem is not None:
-                raise problem
-            return {self._me: mine}
-        kind = next((kind for kind in (TypeError, ValueError) if isinstance(problem, kind)), RuntimeError).__name__
-        head = json.dumps([what, None if problem is None else [kind, str(problem)]]).encode()
-        parts = {process: said.split(b"\n", 1) for process, said in self._all_said(what, head + b"\n" + mine).items()}
-        self._check_heads({process: json.loads(head) for process, (head, _) in parts.items()}, problem)
-        return {process: text for process, (_, text) in parts.items()}
-
-    def _check_heads(self, heads: dict[int, tuple[str, list[str] | None]], mine: Exception | None) -> None:
-        first = self.all[0]
-        for process, (what, _) in heads.items():
-            if what != heads[first][0]:
-                raise ValueError(f"processes {first} and {process} are in different calls: {heads[first][0]}, {what}")
-        problems = {process: problem for process, (_, problem) in heads.items() if problem is not None}
-        if problems:
-            process, (kind, text) = next(iter(problems.items()))
-            where = "" if len(problems) == len(heads) else f", on process {process}"
-            raise {"TypeError": TypeError, "ValueError": ValueError}.get(kind, RuntimeError)(f"{text}{where}") from mine
-
-    def _all_said(self, what: str, mine: bytes) -> dict[int, bytes]:
-        """What each process has to say, once all are here.
-
-        Processes meet at barriers with numbers, and each goes through the numbers in their order. A barrier ends in one
-        way for all: also for one that comes after others gave up, which thereupon finds them at the next. So those that
-        wait, wait at the same, however often some of them called and gave up before.
-        """
-        client, deadline = self._client, time.monotonic() + self._timeout_s
-        while True:
-            number = _shares[self._mine]
-            # Nobody reads what was said two barriers ago: all have come to the last one.
-            place = f"{self._prefix}/said/{number % 2}"
-            client.key_value_set_bytes(f"{place}/{self._me}", b"%d\n" % number + mine, allow_overwrite=True)
-            milliseconds = max(1, int(1000 * (deadline - time.monotonic())))
-            try:
-                client.wait_at_barrier(f"{self._prefix}/{number}", milliseconds, process_ids=self.all)
-                break
-            except jax.errors.JaxRuntimeError as error:
-                if "DEADLINE_EXCEEDED" not in str(error) or time.monotonic() >= deadline:
-                    raise self._not_all(what) from error
-            finally:
-                _shares[self._mine], self._round = number + 1, 0
-        said = dict(client.key_value_dir_get_bytes(place))
-        numbered = [said.get(f"{place}/{process}", b"").partition(b"\n") for process in self.all]
-        if any(their != b"%d" % number for their, _, _ in numbered):
-            raise self._not_all(what)  # this process was stopped for so long that others went on and gave up
-        while left := _left[tuple(self.all)]:
-            client.key_value_delete(left.pop())  # all are here, so nobody is reading what closed ones said
-        return {process: text for process, (_, _, text) in zip(self.all, numbered, strict=True)}
-
-    def _not_all(self, what: str) -> RuntimeError:
-        return RuntimeError(f"{what}: not all of processes {self.all} called it within timeout_s={self._timeout_s}")
-
-    def close(self) -> None:
-        if _shares.pop(self._mine, 0):
-            _left[tuple(self.all)] += [f"{self._prefix}/said/{i}/{self._me}" for i in (0, 1)]
-
-    def agree(self, what: str, mine: str, problem: Exception | None = None) -> None:
-        """Raises ValueError, on all processes, unless all call it with the same text. `problem` as in `share`."""
-        theirs = self.share(what, mine.encode(), problem)
-        for process, text in theirs.items():
-            if text != theirs[self.all[0]]:
-                raise ValueError(
-                    f"{what}: processes {self.all[0]} and {process} were given different arguments: "
-                    f"{theirs[self.all[0]].decode()} and {text.decode()}"
-                )
-
-    def exchange(self, what: str, outgoing: dict[int, bytes], sizes: dict[int, int]) -> dict[int, bytes]:
-        """Sends each process its bytes, and returns what each sent here, of the given sizes.
-
-        Raises:
-          RuntimeError: something did not come within the timeout; on all processes.
-        """
-        client, me, milliseconds = self._client, self._me, int(self._timeout_s * 1000)
-        self._round += 1  # of the last share, so that one that failed in between is in step again
-        place = f"{self._prefix}/{_shares[self._mine]}/{self._round}"
-        for process, data in outgoing.items():
-            for i, begin in enumerate(range(0, len(data), _CHUNK_BYTES)):
-                client.key_value_set_bytes(f"{place}/{me}/{process}/{i}", data[begin : begin + _CHUNK_BYTES])
-        try:
-            received = {
-                process: b"".join(
-                    client.blocking_key_value_get_bytes(f"{place}/{process}/{me}/{i}", milliseconds)
-                    for i in range(-(-size // _CHUNK_BYTES))
-                )
-                for process, size in sizes.items()
-            }
-            client.wait_at_barrier(f"{place}/read", milliseconds, process_ids=self.all)
-        except jax.errors.JaxRuntimeError as error:
-            raise RuntimeError(f"{what}: not all bytes of a round came within timeout_s={self._timeout_s}") from error
-        finally:
-            client.key_value_delete(f"{place}/{me}")  # with all below it
-        return received

@@ -13,6 +13,7 @@ from jax_ep import _bootstrap, _combine, _dispatch, _ffi, _quant
 from jax_ep._checks import expect, expect_array, expect_dtype, expect_inside_shard_map, expect_int
 from jax_ep._config import MoECommunicatorConfig, moe_shape, resolve_config
 from jax_ep._placement import ExpertPlacement, expect_placement, to_physical
+from jax_ep._processes import communicator_id, give_back_id
 from jax_ep._shapes import MoEShape
 from jax_ep.types import (
     CapacityError,
@@ -107,7 +108,7 @@ class MoECommunicator:
         # What ids stand for in errors: slots, or the logical experts of the last placement that was traced.
         self._num_named_experts = self._shape.num_experts
         self._spec = _OpSpec(
-            communicator_id=_bootstrap.communicator_id(mesh, self.config.axis_name),
+            communicator_id=communicator_id(mesh, self.config.axis_name),
             axis_name=self.config.axis_name,
             shape=self._shape,
             dtype=jnp.dtype(self.config.dtype),
@@ -135,9 +136,13 @@ class MoECommunicator:
             drop_overflow=config.overflow == "drop",
             low_latency=config.mode is MoEMode.LOW_LATENCY,
         )
-        self._connection = _bootstrap.Connection(
-            self.mesh, config, id=self._spec.communicator_id, native_shape=self._native_shape
-        )
+        try:
+            self._connection = _bootstrap.Connection(
+                self.mesh, config, id=self._spec.communicator_id, native_shape=self._native_shape
+            )
+        except RuntimeError:  # on all processes that came
+            give_back_id(self.mesh, config.axis_name)
+            raise
 
     @property
     def num_ranks(self) -> int:

@@ -36,7 +36,7 @@ from jax._src.lib import _jax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from jax_ep._bootstrap import Processes
+from jax_ep._processes import Processes
 from jax_ep.bench import transfer as bench_transfer
 from jax_ep.eplb import EplbCommunicator, count_moves, create_eplb_communicator, transfer_experts
 from jax_ep.eplb._peer import tables_of

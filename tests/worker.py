@@ -24,7 +24,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from suite import EXPERT_MAJOR, FLAT, LOW_LATENCY, QUANTS, RANK_MAJOR, Case
 
-from jax_ep import PeerTimeoutError, _bootstrap
+from jax_ep import PeerTimeoutError, _bootstrap, _ffi
 from jax_ep.eplb import ExpertPlacement, LoadRecorder, count_moves, rebalance_experts
 
 
@@ -76,6 +76,7 @@ def check_refusals(task: Task) -> None:
     case = Case(num_ranks=mesh.size)
     check_different_arguments(task, mesh, case)
     check_absent_process(task, mesh, case)
+    check_process_without_memory(task, mesh, case)
     check_different_hosts(task, mesh, case)
     suite.run(task.implementation, mesh, case)
 
@@ -86,17 +87,30 @@ def check_different_arguments(task: Task, mesh, case: Case) -> None:
 
 
 def check_absent_process(task: Task, mesh, case: Case) -> None:
+    """One that comes too late meets the others where they try again."""
+    client = distributed.global_state.client
     if task.process == 0:
-        text = r"not all of processes \[0, 1\] built it within timeout_s=1"
+        text = r"MoECommunicator: not all of processes \[0, 1\] called it within timeout_s=1"
         with pytest.raises(RuntimeError, match=text):
             suite.communicator(task.implementation, mesh, case, timeout_s=1.0)
+        client.key_value_set("gave_up", "")
     else:
-        # This one comes too late for its peer, whom it does not wait for longer than its own timeout either.
-        distributed.global_state.client.blocking_key_value_get("gave_up", 60_000)
-        with pytest.raises((RuntimeError, jax.errors.JaxRuntimeError)):
-            suite.communicator(task.implementation, mesh, case, timeout_s=1.0)
-    if task.process == 0:
-        distributed.global_state.client.key_value_set("gave_up", "")
+        client.blocking_key_value_get("gave_up", 60_000)
+    suite.check_case(task.implementation, case, mesh)
+
+
+def check_process_without_memory(task: Task, mesh, case: Case) -> None:
+    """What keeps one process from making its part is an error on both, at once."""
+
+    def no_memory(*_, **__):
+        raise MemoryError
+
+    start = time.monotonic()
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(RuntimeError, match="MemoryError, on process 1$"):
+        if task.process == 1:
+            patched.setattr(_ffi.extension(task.implementation), "Communicator", no_memory)
+        suite.communicator(task.implementation, mesh, case, timeout_s=60.0)
+    assert time.monotonic() - start < 30
 
 
 def check_different_hosts(task: Task, mesh, case: Case) -> None:
@@ -105,11 +119,7 @@ def check_different_hosts(task: Task, mesh, case: Case) -> None:
     _bootstrap.host_identity = lambda: f"host of process {task.process}"
     half = mesh.size // 2
     ranks = [list(range(half)), list(range(half, mesh.size))]
-    mine, others = ranks[task.process], ranks[1 - task.process]
-    text = (
-        rf"nothing connects ranks \{mine} \(process {task.process}\) and ranks \{others} \(process {1 - task.process}\)"
-        ".*different hosts"
-    )
+    text = rf"nothing connects ranks \{ranks[0]} \(process 0\) and ranks \{ranks[1]} \(process 1\): .*different hosts"
     with pytest.raises(RuntimeError, match=text):
         suite.communicator(task.implementation, mesh, case)
     if half > 1:

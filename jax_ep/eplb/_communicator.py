@@ -13,9 +13,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_ep import _bootstrap, _ffi
-from jax_ep._bootstrap import Processes
 from jax_ep._checks import expect, expect_concrete, expect_int, expect_number
 from jax_ep._config import _IMPLEMENTATIONS
+from jax_ep._processes import Processes, communicator_id, give_back_id
 from jax_ep.eplb import _rows
 from jax_ep.eplb._movers import Mover, TransferStatistics
 from jax_ep.eplb._peer import PeerMover
@@ -93,7 +93,7 @@ class EplbCommunicator:
         expect(implementation in (None, *_IMPLEMENTATIONS), "implementation", f"one of {names}", repr(implementation))
         self.mesh, self.axis_name, self.num_ranks = mesh, axis_name, mesh.shape[axis_name]
         self._devices = list(mesh.devices.flat)
-        self._processes = Processes.of(mesh, _bootstrap.communicator_id(mesh, axis_name), timeout_s)
+        self._processes = Processes.of(mesh, communicator_id(mesh, axis_name), timeout_s)
         self._sends: list[tuple[_Message, Any]] = []
         self._recvs: list[_Message] = []
         self._is_destroyed = False
@@ -102,7 +102,7 @@ class EplbCommunicator:
             self._processes.agree("EplbCommunicator", str(options | dict(implementation=implementation)))
         except RuntimeError:
             # The others will count from here when all build one again.
-            _bootstrap.give_back_id(mesh, axis_name)
+            give_back_id(mesh, axis_name)
             raise
         if transport is None:
             transport = self._best_transport(platform, implementation)
@@ -112,7 +112,7 @@ class EplbCommunicator:
     def _best_transport(self, platform: str, implementation: str | None) -> str:
         """The same on all processes."""
         mine = _bootstrap.host_identity() if _has_kernels(platform, implementation) else ""
-        hosts = set(self._processes.share("EplbCommunicator", mine.encode()).values())
+        hosts = set(self._processes.share("EplbCommunicator, transport", mine.encode()).values())
         return "peer" if hosts != {b""} and len(hosts) == 1 else "xla"
 
     def _connected(self, name: str, row_bytes, budget_bytes, implementation, timeout_s) -> Mover:

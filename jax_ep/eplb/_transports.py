@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_ep._bootstrap import Processes
 from jax_ep._checks import expect
+from jax_ep._processes import Processes
 from jax_ep.eplb._plan import power_of_two
 
 # Of a budget, for what does not grow with the rows of a round.
