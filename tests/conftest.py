@@ -7,10 +7,11 @@ Environment:
 
 import os
 
-# Before jax is imported. Compiling is most of a run on CPUs: what runs once need not be fast. XLA_FLAGS of the caller
-# come last, and count.
-_LEVEL = "" if os.path.exists("/dev/nvidia0") else " --xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8{_LEVEL} {os.environ.get('XLA_FLAGS', '')}"
+# Before jax is imported, and for the processes that tests start. XLA_FLAGS of the caller come last, and count.
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {os.environ.get('XLA_FLAGS', '')}"
+if not os.path.exists("/dev/nvidia0"):
+    # Compiling is most of a run on CPUs: what runs once need not be fast.
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # Processes that tests start share the GPUs with this one.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 

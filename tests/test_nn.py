@@ -26,12 +26,9 @@ TOLERANCE = {"cuda": 2e-3}
 
 
 @pytest.fixture(autouse=True)
-def long_mantissas_and_short_compiles():
-    # Nearly all that a test's time goes into.
-    jax.config.update("jax_disable_most_optimizations", jax.default_backend() == "cpu")
+def long_mantissas():
     with jax.default_matmul_precision("highest"):
         yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ SIZES = (
 
 def start(implementation: str, directory: pathlib.Path, *arguments, devices: int | None = None) -> subprocess.Popen:
     """As users would, with warnings as errors."""
-    settings = dict(JAX_PLATFORMS="cpu", JAX_DISABLE_MOST_OPTIMIZATIONS="1") if implementation == "cpu" else {}
+    settings = dict(JAX_PLATFORMS="cpu") if implementation == "cpu" else {}
     if implementation == "cpu" and devices is not None:
         settings["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
@@ -138,10 +138,8 @@ def test_several_processes_write_what_one_reads(native_implementation, tmp_path,
 @pytest.fixture(autouse=True)
 def as_examples_run(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])  # which make_mesh adds to
-    jax.config.update("jax_disable_most_optimizations", jax.default_backend() == "cpu")
     with jax.numpy_dtype_promotion("standard"), jax.default_matmul_precision("highest"):
         yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def mesh_of(devices, data: int = 1) -> Mesh:

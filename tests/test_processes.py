@@ -34,9 +34,8 @@ def free_port() -> int:
 
 def environment(implementation: str, process: int, devices_each: int) -> dict[str, str]:
     if implementation == "cpu":
-        return os.environ | dict(
-            JAX_PLATFORMS="cpu", XLA_FLAGS=f"--xla_force_host_platform_device_count={devices_each}"
-        )
+        flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices_each}"
+        return os.environ | dict(JAX_PLATFORMS="cpu", XLA_FLAGS=flags)
     # One process per GPU as schedulers start it, seeing no other GPU; several GPUs each by `local_device_ids`.
     return os.environ | (dict(CUDA_VISIBLE_DEVICES=str(process)) if devices_each == 1 else {})
 

@@ -37,6 +37,8 @@ NAMES = {
 }
 
 _RENAMED = (ValueError, TypeError, CapacityError, ExpertIdError)
+# An advice for what has no such argument.
+_NOT_HERE = ', or choose overflow="drop"'
 
 
 @contextlib.contextmanager
@@ -48,7 +50,7 @@ def named(names: dict[str, str]) -> Iterator[None]:
         name, _, what = str(error).partition(": ")
         if type(error) not in _RENAMED or name not in names:
             raise
-        raise type(error)(f"{names[name]}: {what}") from error
+        raise type(error)(f"{names[name]}: {what.replace(_NOT_HERE, '')}") from error
 
 
 def refuse(what: str, why: str) -> NoReturn:

@@ -288,37 +288,51 @@ void RunLayer(cuda::Communicator& communicator, Streams& streams, const Layer& l
          static_cast<int>(layer.error.code));
 }
 
-// One transfer of all ranks.
-void RunTransfer(cuda::Communicator& communicator, Streams& streams, const MoEShape& shape,
-                 Random& random) {
-  TransferWalk walk(shape, random);
-  std::vector<std::unique_ptr<Mirror>> mirrors;
-  std::vector<TransferParams> on_device;
-  for (int rank = 0; rank < shape.num_ranks; ++rank) {
-    Check(cudaSetDevice(rank), "cudaSetDevice");
-    mirrors.push_back(std::make_unique<Mirror>());
-    Mirror& mirror = *mirrors.back();
-    TransferParams p = walk.Params(rank);
-    TransferWalk::Rank& host = walk.rank(rank);
-    p.source = mirror(p.source, static_cast<int64_t>(host.source.size()));
-    p.dest = mirror(p.dest, static_cast<int64_t>(host.dest.size()));
-    const int32_t* tables = host.tables.data();
-    p.tables = walk.layout().At(mirror(tables, static_cast<int64_t>(host.tables.size()) * 4));
-    on_device.push_back(p);
-    Check(cudaDeviceSynchronize(), "uploads");
+// A few transfers of all ranks, all started before any is waited for: a rank may still be in one
+// while its peers are in the next.
+void RunTransfers(cuda::Communicator& communicator, Streams& streams, const MoEShape& shape,
+                  Random& random) {
+  struct Started {
+    TransferWalk walk;
+    std::vector<Mirror> mirrors;  // of each rank
+    std::vector<TransferParams> on_device;
+  };
+  std::vector<std::unique_ptr<Started>> all;
+  for (int64_t i = Between(random, 1, 3); i > 0; --i) {
+    all.push_back(std::make_unique<Started>(
+        Started{TransferWalk(shape, random), std::vector<Mirror>(shape.num_ranks), {}}));
+    Started& transfer = *all.back();
+    for (int rank = 0; rank < shape.num_ranks; ++rank) {
+      Check(cudaSetDevice(rank), "cudaSetDevice");
+      Mirror& mirror = transfer.mirrors[rank];
+      TransferParams p = transfer.walk.Params(rank);
+      TransferWalk::Rank& host = transfer.walk.rank(rank);
+      p.source = mirror(p.source, static_cast<int64_t>(host.source.size()));
+      p.dest = mirror(p.dest, static_cast<int64_t>(host.dest.size()));
+      const int32_t* tables = host.tables.data();
+      p.tables =
+          transfer.walk.layout().At(mirror(tables, static_cast<int64_t>(host.tables.size()) * 4));
+      transfer.on_device.push_back(p);
+      Check(cudaDeviceSynchronize(), "uploads");
+    }
   }
   for (int rank = 0; rank < shape.num_ranks; ++rank)
-    if (const std::string error = streams.Launch(communicator, rank, on_device[rank]);
-        !error.empty())
-      Fail("%s: %s", Describe(shape).c_str(), error.c_str());
+    for (const auto& transfer : all)
+      if (const std::string error = streams.Launch(communicator, rank, transfer->on_device[rank]);
+          !error.empty())
+        Fail("%s: %s", Describe(shape).c_str(), error.c_str());
   for (int rank = 0; rank < shape.num_ranks; ++rank) {
     Check(cudaSetDevice(rank), "cudaSetDevice");
-    Check(cudaDeviceSynchronize(), "a transfer");
-    mirrors[rank]->Download();
+    Check(cudaDeviceSynchronize(), "transfers");
   }
-  for (int rank = 0; rank < shape.num_ranks; ++rank) walk.Check(rank);
   if (communicator.TakeError().code != ErrorCode::kNone)
     Fail("%s: a transfer failed", Describe(shape).c_str());
+  for (const auto& transfer : all)
+    for (int rank = 0; rank < shape.num_ranks; ++rank) {
+      Check(cudaSetDevice(rank), "cudaSetDevice");
+      transfer->mirrors[rank].Download();
+      transfer->walk.Check(rank);
+    }
 }
 
 // Rows are multiples of 16 bytes here, quantised ones too, over one warp's turn and over several.
@@ -365,7 +379,7 @@ int Main(int shapes, int only_ranks) {
       for (const Layer& layer : DrawLayers(shape, 6, random, kAllFeatures)) {
         if (Fits(layer)) RunLayer(communicator, streams, layer, random);
         // On windows that other exchanges use, too.
-        if (!shape.low_latency) RunTransfer(communicator, streams, shape, random);
+        if (!shape.low_latency) RunTransfers(communicator, streams, shape, random);
       }
     }
     std::printf("%d ranks: %d passed\n", ranks, shapes);

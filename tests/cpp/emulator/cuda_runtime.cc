@@ -6,6 +6,8 @@
 
 namespace emulator {
 
+constexpr unsigned kKernelsPerLateOne = 4, kLateKernelUs = 3000;
+
 // Starts kernels in their order, one when the last is over or has let it start.
 class Stream {
  public:
@@ -31,6 +33,7 @@ class Stream {
   }
   void Run(const std::shared_ptr<Kernel>& kernel) {
     while (!MayStart(*kernel)) std::this_thread::yield();
+    BeLateSometimes(kKernelsPerLateOne, kLateKernelUs);
     std::vector<std::thread> blocks;
     for (unsigned block = 0; block < kernel->num_blocks; ++block)
       blocks.emplace_back([&, block] { Block(*kernel, {block}).Run(); });

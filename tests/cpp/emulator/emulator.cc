@@ -2,8 +2,11 @@
 
 #include <sched.h>
 
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <random>
+#include <thread>
 
 namespace emulator {
 namespace {
@@ -14,6 +17,7 @@ constexpr size_t kAlignment = 256;
 constexpr std::byte kGarbage{0x6b};
 constexpr int kSavedRegisters = 6;
 constexpr int kRoundsPerYield = 8;
+constexpr unsigned kYieldsPerLateBlock = 256, kLateBlockUs = 500;
 
 std::byte* AlignUp(std::byte* at) {
   const auto address = reinterpret_cast<uintptr_t>(at);
@@ -43,6 +47,13 @@ jax_ep_switch_stack:
   popq %rbp
   ret
 )");
+
+void BeLateSometimes(unsigned one_in, unsigned most_us) {
+  static std::atomic<unsigned> num_threads{0};
+  static thread_local std::mt19937 random(++num_threads);
+  if (random() % one_in == 0)
+    std::this_thread::sleep_for(std::chrono::microseconds(random() % most_us));
+}
 
 void AsyncCopies::Finish(size_t pending) {
   for (; groups_.size() > pending; groups_.pop_front())
@@ -119,7 +130,9 @@ void Block::SwitchFrom(size_t from) {
   do {
     current_ = (current_ + 1) % fibers_.size();
     // After a few times around, other blocks may have what is waited for.
-    if (current_ == 0 && ++num_rounds_ % kRoundsPerYield == 0) sched_yield();
+    if (current_ != 0 || ++num_rounds_ % kRoundsPerYield != 0) continue;
+    sched_yield();
+    BeLateSometimes(kYieldsPerLateBlock, kLateBlockUs);
   } while (fibers_[current_].is_done);
   if (current_ != from)
     jax_ep_switch_stack(&fibers_[from].stack_pointer, fibers_[current_].stack_pointer);

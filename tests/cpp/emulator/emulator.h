@@ -1,7 +1,8 @@
 // Runs CUDA kernels on the CPU, so that their logic can be tested where there is no GPU: what they
 // compute, in what order they wait, and that they stay inside their buffers. Asynchronous copies
-// read and write as late as they may, so that who does not wait for them gets something else. It
-// shows nothing of the GPU's memory model or of speed.
+// read and write as late as they may, so that who does not wait for them gets something else, and
+// kernels and blocks are late now and then, so that others meet them anywhere. It shows nothing of
+// the GPU's memory model or of speed.
 //
 // A block is a thread, and its CUDA threads are fibers that take turns there: a fiber gives up its
 // turn only where it waits for others. So `__shared__` is a static variable of the thread.
@@ -36,6 +37,9 @@ namespace emulator {
 struct Index {
   unsigned x;
 };
+
+// Waits once in about `one_in` times, for up to `most_us`.
+void BeLateSometimes(unsigned one_in, unsigned most_us);
 
 // Copies of one CUDA thread that are under way, in groups.
 class AsyncCopies {
