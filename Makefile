@@ -53,7 +53,7 @@ olmoe: $(EXAMPLES)  ## Set up .venv and train a small OLMoE, with checkpoints
 	$(BIN)/python examples/olmoe.py $(OLMOE_ARGS)
 
 .PHONY: decode
-decode: $(EXAMPLES)  ## Set up .venv and write text with that model, in low-latency mode
+decode: $(EXAMPLES)  ## Set up .venv and write text with the model of train_moe_lm.py, in low-latency mode
 	$(BIN)/python examples/decode.py $(DECODE_ARGS)
 
 .PHONY: test

@@ -103,9 +103,9 @@ def draw() -> str:
         part, top = panel(title, ours, others, top)
         parts.append(part)
     notes = (
-        "4x H200, NVLink 4, CUDA 13.0; H=7168, 256 experts, top-8, bfloat16. "
-        "Dashed: the floor, bytes over the link's measured rate.",
-        "Other libraries were measured on the same kind of machine in other runs; see docs/performance.md.",
+        "4x H200, NVLink 4, CUDA 13.0; H=7168, 256 experts, top-8, bfloat16.",
+        "Dashed: the floor, bytes over the link's measured rate; for decoding one flag round trip besides.",
+        "Other libraries and stock JAX were measured on the same kind of machine in other runs: docs/performance.md.",
     )
     for note in notes:
         parts.append(f'<text class="note" x="16" y="{top + 6}">{note}</text>')

@@ -11,7 +11,9 @@ import numpy as np
 
 from jax_ep import _ffi
 from jax_ep._processes import Processes
+from jax_ep._shapes import MoEShape
 from jax_ep._version import __version__
+from jax_ep.types import MoEMode
 
 
 def groups_of(mesh: jax.sharding.Mesh, axis_name: str) -> list[list[jax.Device]]:
@@ -43,12 +45,12 @@ class Connection:
       RuntimeError: a process does not come, disagrees about the configuration, or cannot reach what it has to; on all.
     """
 
-    def __init__(self, mesh, config, *, id: int, native_shape):
+    def __init__(self, mesh, config, *, id: int, shape: MoEShape):
         self._groups = groups_of(mesh, config.axis_name)
         self._processes = Processes.of(mesh, id, config.timeout_s)
         self.native, problem = None, None
         try:
-            self.native = self._disconnected(config, id, native_shape)
+            self.native = self._disconnected(config, id, shape)
         except Exception as error:
             problem = error
         try:
@@ -59,11 +61,24 @@ class Connection:
                 self.native.destroy()
             raise
 
-    def _disconnected(self, config, id: int, native_shape):
+    def _disconnected(self, config, id: int, shape: MoEShape):
         extension = _ffi.extension(config.implementation)
+        self.native_shape = extension.MoEShape(
+            num_ranks=shape.num_ranks,
+            num_experts=shape.num_experts,
+            topk=shape.topk,
+            hidden_size=shape.hidden_size,
+            max_tokens_per_rank=shape.max_tokens_per_rank,
+            expert_alignment=shape.expert_alignment,
+            capacity=shape.capacity,
+            layout=_ffi.LAYOUTS[shape.layout],
+            dtype=_ffi.DTYPES[config.dtype.name],
+            drop_overflow=config.overflow == "drop",
+            low_latency=config.mode is MoEMode.LOW_LATENCY,
+        )
         spec = extension.CommunicatorSpec(
             id=id,
-            shape=native_shape,
+            shape=self.native_shape,
             groups=[[(device.process_index, ordinal(device)) for device in group] for group in self._groups],
             process=jax.process_index(),
             timeout_s=config.timeout_s,

@@ -43,14 +43,32 @@ def expect_array(argument: str, value, shape: tuple[int | str, ...], dtype) -> N
         raise TypeError(f"{argument}: expected dtype {jnp.dtype(dtype).name}, got {value.dtype}")
 
 
+def expect_floating(argument: str, value) -> None:
+    """An array of any shape."""
+    if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+        raise TypeError(f"{argument}: expected an array, got {type(value).__name__}")
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise TypeError(f"{argument}: expected a floating dtype, got {value.dtype}")
+
+
 def expect_dtype(argument: str, value, allowed) -> jnp.dtype:
     """`value` as a dtype, whose name must be among `allowed`."""
     try:
+        if value is None:  # which numpy takes for float64
+            raise TypeError
         dtype = jnp.dtype(value)
     except TypeError:
         raise TypeError(f"{argument}: expected a dtype, one of {sorted(allowed)}, got {value!r}") from None
     expect(dtype.name in allowed, argument, f"one of {sorted(allowed)}", dtype.name)
     return dtype
+
+
+def expect_mesh(mesh) -> None:
+    """A mesh of devices, of which this process has some."""
+    if not isinstance(mesh, jax.sharding.Mesh):
+        raise TypeError(f"mesh: expected a jax.sharding.Mesh of devices, got {type(mesh).__name__}")
+    me, processes = jax.process_index(), sorted({device.process_index for device in mesh.devices.flat})
+    expect(me in processes, "mesh", f"devices of this process, {me}", f"only such of processes {processes}")
 
 
 def expect_inside_shard_map(mesh: jax.sharding.Mesh, axis_name: str, op: str) -> None:

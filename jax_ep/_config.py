@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_ep import _ffi
-from jax_ep._checks import expect, expect_dtype, expect_int
+from jax_ep._checks import expect, expect_dtype, expect_int, expect_mesh, expect_number
 from jax_ep._shapes import MoEShape, worst_case_capacity
 from jax_ep.types import DispatchLayout, MoEMode
 
@@ -45,21 +45,16 @@ class MoECommunicatorConfig:
 
 
 def resolve_config(mesh: jax.sharding.Mesh, config: MoECommunicatorConfig) -> MoECommunicatorConfig:
-    """Checks all that needs no shape algebra, and fills in the defaults."""
-    if not isinstance(mesh, jax.sharding.Mesh):
-        raise TypeError(f"mesh: expected a jax.sharding.Mesh of devices, got {type(mesh).__name__}")
+    """Checks all that needs no shape algebra, and fills in the defaults. What means the same is equal afterwards."""
+    expect_mesh(mesh)
     expect(config.axis_name in mesh.axis_names, "axis_name", f"one of {mesh.axis_names}", repr(config.axis_name))
     config = _with_ints(_with_environment(config))
     expect(isinstance(config.mode, MoEMode), "mode", "a MoEMode", repr(config.mode))
     expect(config.topk <= 32, "topk", "at most 32", config.topk)
     expect(config.overflow in ("error", "drop"), "overflow", '"error" or "drop"', repr(config.overflow))
     # No wait is unbounded.
-    expect(
-        0 < config.timeout_s <= _MAX_TIMEOUT_S,
-        "timeout_s",
-        f"seconds above 0, up to {_MAX_TIMEOUT_S:g}",
-        config.timeout_s,
-    )
+    timeout_s = expect_number("timeout_s", config.timeout_s)
+    expect(0 < timeout_s <= _MAX_TIMEOUT_S, "timeout_s", f"seconds above 0, up to {_MAX_TIMEOUT_S:g}", timeout_s)
     dtype = expect_dtype("dtype", config.dtype, _ffi.DTYPES)
     num_ranks = mesh.shape[config.axis_name]
     expect(
@@ -74,8 +69,9 @@ def resolve_config(mesh: jax.sharding.Mesh, config: MoECommunicatorConfig) -> Mo
         expect(low_latency, "output_layout", "FLAT or RANK_MAJOR in mode HIGH_THROUGHPUT", layout)
         capacity = config.max_recv_tokens_per_rank
         expect(capacity is None, "max_recv_tokens_per_rank", "None with output_layout EXPERT_MAJOR", capacity)
+    if layout is not DispatchLayout.FLAT:
         alignment = config.expert_alignment
-        expect(alignment == 1, "expert_alignment", "1 with output_layout EXPERT_MAJOR", alignment)
+        expect(alignment == 1, "expert_alignment", f"1 with output_layout {layout.name}", alignment)
     implementation = _resolve_implementation(mesh, config)
     if implementation == "cuda":
         row_bytes = config.hidden_size * dtype.itemsize
@@ -87,7 +83,9 @@ def resolve_config(mesh: jax.sharding.Mesh, config: MoECommunicatorConfig) -> Mo
         expect(tokens <= most_tokens, "max_tokens_per_rank", f"at most {most_tokens} {mode}", tokens)
         experts = config.num_experts
         expect(experts <= _MAX_LATENCY_EXPERTS, "num_experts", f"at most {_MAX_LATENCY_EXPERTS} {mode}", experts)
-    return dataclasses.replace(config, output_layout=layout, implementation=implementation)
+    return dataclasses.replace(
+        config, output_layout=layout, implementation=implementation, dtype=dtype, timeout_s=timeout_s
+    )
 
 
 def _with_ints(config: MoECommunicatorConfig) -> MoECommunicatorConfig:
@@ -104,30 +102,32 @@ def _with_ints(config: MoECommunicatorConfig) -> MoECommunicatorConfig:
         if blocks is not None:
             expect(isinstance(blocks, tuple) and len(blocks) == 2, name, "(senders, receivers)", repr(blocks))
             ints[name] = tuple(expect_int(name, count) for count in blocks)
+    for name, value in ints.items():
+        for count in value if isinstance(value, tuple) else (value,):
+            expect(count < 2**31, name, "less than 2**31", count)
     return dataclasses.replace(config, **ints)
 
 
 def _with_environment(config: MoECommunicatorConfig) -> MoECommunicatorConfig:
     """Environment variables set what the caller left open."""
 
-    def integers(name: str) -> tuple[int, ...] | None:
+    def given(value, name: str, count: int):
         text = os.environ.get(name)
-        if not text:
-            return None
+        if value is not None or not text:
+            return value
+        wanted = "1 integer" if count == 1 else f"{count} integers, separated by a comma"
         try:
-            return tuple(int(part) for part in text.split(","))
+            numbers = tuple(int(part) for part in text.split(","))
         except ValueError:
-            raise ValueError(f"{name}: expected integers separated by commas, got {text!r}") from None
+            raise ValueError(f"{name}: expected {wanted}, got {text!r}") from None
+        expect(len(numbers) == count and min(numbers) > 0, name, f"{wanted}, at least 1", repr(text))
+        return numbers if count > 1 else numbers[0]
 
-    def given(value, name: str):
-        return integers(name) if value is None else value
-
-    num_sms = given(config.num_sms, "JAX_EP_NUM_SMS")
     return dataclasses.replace(
         config,
-        num_sms=num_sms[0] if isinstance(num_sms, tuple) else num_sms,
-        dispatch_blocks=given(config.dispatch_blocks, "JAX_EP_DISPATCH_BLOCKS"),
-        combine_blocks=given(config.combine_blocks, "JAX_EP_COMBINE_BLOCKS"),
+        num_sms=given(config.num_sms, "JAX_EP_NUM_SMS", 1),
+        dispatch_blocks=given(config.dispatch_blocks, "JAX_EP_DISPATCH_BLOCKS", 2),
+        combine_blocks=given(config.combine_blocks, "JAX_EP_COMBINE_BLOCKS", 2),
     )
 
 

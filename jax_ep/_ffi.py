@@ -15,9 +15,13 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax._src import dispatch as dispatch_primitives
 from jax.experimental import compute_on
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jax_ep._checks import expect
 from jax_ep.types import DispatchLayout, MoEMode
 
 # Values are part of the contract with ffi/common/layout.h.
@@ -88,9 +92,30 @@ def _given(operand, like, dtype=jnp.float32) -> jax.Array:
     return _absent(like, dtype) if operand is None else operand
 
 
-def _call(name: str, spec, results, *operands, **attributes: int):
+# An identity that checks, when a program is lowered, which devices that is for: tracing knows only names and sizes of
+# mesh axes. Ranks of another order would find each other's memory.
+_on_devices_p = Primitive("jax_ep_on_devices")
+_on_devices_p.def_impl(functools.partial(dispatch_primitives.apply_primitive, _on_devices_p))
+_on_devices_p.def_abstract_eval(lambda x, *, op, devices: x)
+batching.defvectorized(_on_devices_p)
+
+
+def _lower_on_devices(context, x, *, op: str, devices: tuple[int, ...]):
+    mesh = getattr(context.module_context.axis_context, "mesh", None)
+    if isinstance(mesh, jax.sharding.Mesh):  # an AbstractMesh has no devices
+        got = tuple(device.id for device in mesh.devices.flat)
+        expect(got == devices, op, f"shard_map over the communicator's devices {devices}", got)
+    return [x]
+
+
+mlir.register_lowering(_on_devices_p, _lower_on_devices)
+
+
+def _call(name: str, spec, results, first, *operands, **attributes: int):
     numbers = {key: np.int64(value) for key, value in attributes.items()}
-    return jax.ffi.ffi_call(name, results)(*operands, comm=np.int64(spec.communicator_id), **numbers)
+    devices = tuple(device.id for device in spec.communicator.mesh.devices.flat)
+    first = _on_devices_p.bind(first, op=name, devices=devices)
+    return jax.ffi.ffi_call(name, results)(first, *operands, comm=np.int64(spec.communicator_id), **numbers)
 
 
 def dispatch(spec, x, weights, topk_ids, quant=None, *, fill: bool = True, ticket=None):

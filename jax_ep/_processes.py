@@ -13,6 +13,10 @@ from jax._src import distributed
 
 _KEY = "jax_ep"
 _PARTING_TIMEOUT_S = 10.0
+# Of errors that are told to others: each as the first that it is one of.
+_KINDS: dict[str, type[Exception]] = {
+    kind.__name__: kind for kind in (TypeError, ValueError, NotImplementedError, RuntimeError)
+}
 # The store is not made for large values.
 _CHUNK_BYTES = 1 << 20
 
@@ -83,7 +87,7 @@ class Processes:
             if problem is not None:
                 raise problem
             return {self._me: mine}
-        kind = next((kind for kind in (TypeError, ValueError) if isinstance(problem, kind)), RuntimeError).__name__
+        kind = next((name for name, kind in _KINDS.items() if isinstance(problem, kind)), "RuntimeError")
         head = json.dumps([what, None if problem is None else [kind, str(problem) or type(problem).__name__]]).encode()
         parts = {process: said.split(b"\n", 1) for process, said in self._all_said(what, head + b"\n" + mine).items()}
         self._check_heads({process: json.loads(head) for process, (head, _) in parts.items()}, problem)
@@ -98,7 +102,7 @@ class Processes:
         if problems:
             process, (kind, text) = next(iter(problems.items()))
             where = "" if len(problems) == len(heads) else f", on process {process}"
-            raise {"TypeError": TypeError, "ValueError": ValueError}.get(kind, RuntimeError)(f"{text}{where}") from mine
+            raise _KINDS[kind](f"{text}{where}") from mine
 
     def _all_said(self, what: str, mine: bytes) -> dict[int, bytes]:
         """What each process has to say, once all are here.

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jax_ep._checks import expect_dtype
 from jax_ep.types import DispatchOutput, QuantConfig
 
 # The largest magnitude of each type, and its exponent.
@@ -92,12 +93,15 @@ def dequantize(out: DispatchOutput, dtype=jnp.bfloat16) -> jax.Array:
       dtype: of the result; products are made in float32.
 
     Raises:
-      ValueError: the rows are not quantised.
+      ValueError, TypeError: `out` is nothing of the kind, its rows are not quantised, or `dtype` is no floating dtype.
     """
+    if not isinstance(out, DispatchOutput):
+        raise TypeError(f"out: expected a DispatchOutput, got {type(out).__name__}")
+    dtype = expect_dtype("dtype", dtype, ("bfloat16", "float16", "float32", "float64"))
     if out.quant is None:
         raise ValueError("out: expected the output of a dispatch with quant, got plain rows")
     elements, scales = lax.stop_gradient((out.tokens, out.quant.scales))
-    return _dequantize(jnp.dtype(dtype), elements, scales, out.quant.straight_through)
+    return _dequantize(dtype, elements, scales, out.quant.straight_through)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -25,7 +25,6 @@ from jax_ep.types import (
     DispatchRequest,
     ErrorCode,
     ExpertIdError,
-    MoEMode,
     PeerTimeoutError,
     QuantConfig,
     QuantOutput,
@@ -45,7 +44,9 @@ class _OpSpec:
     is_reference: bool
 
     def route_tables_size(self, num_tokens: int) -> int:
-        return self.communicator._native_shape.route_tables_size(num_tokens)
+        connection = self.communicator._connection
+        assert connection is not None
+        return connection.native_shape.route_tables_size(num_tokens)
 
     def report_error(self, code, rank, got) -> None:
         self.communicator._reference_error = (int(code), int(rank), int(got))
@@ -59,8 +60,8 @@ class MoECommunicator:
     `e // (num_experts // R)` of the axis's R ranks.
 
     Args:
-      mesh: the `jax.sharding.Mesh` that the calls will be mapped over. Positions on its other axes form
-        independent groups.
+      mesh: the `jax.sharding.Mesh` that the calls will be mapped over: with the same devices in the same order.
+        Positions on its other axes form independent groups.
       config: all other arguments in one `MoECommunicatorConfig`, instead of by keyword.
       axis_name: the expert-parallel mesh axis.
       num_experts: E, over all ranks; divisible by R. With a placement, slots: see `dispatch`.
@@ -68,29 +69,37 @@ class MoECommunicator:
       topk: K, experts per token, 1 to 32.
       max_tokens_per_rank: the most tokens T that a rank dispatches in one call; in mode LOW_LATENCY on GPUs such that
         all ranks together name at most 65,536 experts.
-      mode: `MoEMode.HIGH_THROUGHPUT` for training and prefill, `MoEMode.LOW_LATENCY` for decoding.
+      mode: `MoEMode.HIGH_THROUGHPUT`, the default, for training and prefill; `MoEMode.LOW_LATENCY` for decoding.
       output_layout: a `DispatchLayout`; default `FLAT`, in mode LOW_LATENCY `EXPERT_MAJOR`, which needs that mode.
       max_recv_tokens_per_rank: C, rows of the receive buffer; default the worst case, so that nothing can be
         dropped. Balanced routing needs about T * K rows for `FLAT`. Not for `EXPERT_MAJOR`, whose L * S slots only
         overflow if tokens name the same expert more than once.
-      overflow: what happens to rows beyond C. "error": all outputs of the step are NaN on all ranks, and the
-        next call or `check()` raises `CapacityError`. "drop": the last rows are left out of outputs and gradients,
+      overflow: what happens to rows beyond C. "error", the default: all outputs of the step are NaN on all ranks, and
+        the next call or `check()` raises `CapacityError`. "drop": the last rows are left out of outputs and gradients,
         and counted in `num_dropped`.
-      expert_alignment: each expert's rows start at a multiple of this (`FLAT`).
-      dtype: of the tokens: bfloat16, float16, float32 or float64.
+      expert_alignment: each expert's rows start at a multiple of this (`FLAT`); default 1. With overflow "error" the
+        rows between, and up to the next multiple after the last, count among those that C has to hold.
+      dtype: of the tokens: bfloat16, the default, float16, float32 or float64.
       max_requests: requests of `dispatch_async` and `combine_async` that may be in flight at a time (started and not
-        yet waited for); on GPUs each takes another arena.
+        yet waited for); on GPUs each takes another arena. Default 0: none.
       implementation: "cuda", "cpu" or "reference" (pure JAX); default by the mesh's platform.
       num_sms: SMs of a GPU that an op may occupy; default all, or what the environment variable JAX_EP_NUM_SMS says.
       dispatch_blocks: (sending, receiving) thread blocks of dispatch, one per SM; default a split of `num_sms`, or
         what JAX_EP_DISPATCH_BLOCKS says, as in "24,100".
       combine_blocks: the same for combine; JAX_EP_COMBINE_BLOCKS.
-      timeout_s: seconds that a rank waits for a peer before the op fails with `PeerTimeoutError`.
+      timeout_s: seconds that a rank waits for a peer before the op fails with `PeerTimeoutError`, and that a process
+        waits here for the others; default 30.
+
+    Attributes:
+      mesh: as given.
+      config: the arguments, with defaults and environment variables filled in.
 
     Raises:
-      ValueError, TypeError: an argument is unusable; the text names it, what was expected and what came.
+      ValueError, TypeError: an argument is unusable; the text names it, what was expected and what came. ValueError
+        also if processes build different communicators at the same time.
       NotImplementedError: this installation has no backend for the mesh's devices.
-      RuntimeError: two ranks cannot reach each other's memory, or were given different arguments.
+      RuntimeError: on all processes, if one does not come in time, was given different arguments, cannot reach
+        another's memory or has none.
     """
 
     def __init__(self, mesh: jax.sharding.Mesh, config: MoECommunicatorConfig | None = None, **arguments):
@@ -122,26 +131,13 @@ class MoECommunicator:
         atexit.register(self.destroy)
 
     def _connect(self) -> None:
-        config, shape = self.config, self._shape
-        self._native_shape = _ffi.extension(config.implementation).MoEShape(
-            num_ranks=shape.num_ranks,
-            num_experts=shape.num_experts,
-            topk=shape.topk,
-            hidden_size=shape.hidden_size,
-            max_tokens_per_rank=shape.max_tokens_per_rank,
-            expert_alignment=shape.expert_alignment,
-            capacity=shape.capacity,
-            layout=_ffi.LAYOUTS[shape.layout],
-            dtype=_ffi.DTYPES[jnp.dtype(config.dtype).name],
-            drop_overflow=config.overflow == "drop",
-            low_latency=config.mode is MoEMode.LOW_LATENCY,
-        )
         try:
             self._connection = _bootstrap.Connection(
-                self.mesh, config, id=self._spec.communicator_id, native_shape=self._native_shape
+                self.mesh, self.config, id=self._spec.communicator_id, shape=self._shape
             )
-        except RuntimeError:  # on all processes that came
-            give_back_id(self.mesh, config.axis_name)
+        except BaseException:
+            # The others, who learn of it or wait in vain, will count from here too when all build one again.
+            give_back_id(self.mesh, self.config.axis_name)
             raise
 
     @property
@@ -283,9 +279,11 @@ class MoECommunicator:
             if topk_ids is None:
                 raise ValueError("topk_ids: expected an array, or previous_handle, got neither")
             expect_array("topk_ids", topk_ids, (num_tokens, shape.topk), jnp.int32)
+            self._num_named_experts = shape.num_experts
             if placement is not None:
                 topk_ids = self._physical(topk_ids, placement)
-            topk_ids = _ffi.vary(_at_least_one_token(topk_ids, -1), {self.config.axis_name})
+            axes = _varying_axes(topk_ids) | {self.config.axis_name}
+            topk_ids = _ffi.vary(_at_least_one_token(topk_ids, -1), axes)
         routed_by = topk_ids if previous_handle is None else previous_handle
         x, weights, quant = self._vary_alike(x, weights, quant, routed_by)
         return DispatchRequest(x, weights, topk_ids, previous_handle, quant, None, num_tokens, self)
@@ -310,7 +308,7 @@ class MoECommunicator:
             return self._output_and_handle(handle, *received)
         routed, received = _dispatch.dispatch(spec, x, weights, request.topk_ids, quant, fill, ticket)
         routing, num_tokens_per_expert, offsets, num_dropped, recv_topk_ids = routed
-        layout = DispatchLayoutInfo(self._shape.layout, num_tokens_per_expert, offsets)
+        layout = DispatchLayoutInfo(self._shape.layout, num_tokens_per_expert, offsets, self.config.axis_name)
         handle = DispatchHandle(
             routing, None, layout, num_dropped, recv_topk_ids, request.num_tokens, spec.communicator_id
         )
@@ -381,7 +379,8 @@ class MoECommunicator:
 
         Returns:
           `[T, H]`, for `FLAT` and `EXPERT_MAJOR` the sum of each token's rows, times its weights if dispatch was given
-          any; for `RANK_MAJOR` the plain sum over ranks. Sums are kept in float32. A token without experts gets zeros.
+          any; for `RANK_MAJOR` the plain sum over ranks. Sums are kept in float32, those of float64 rows in float64. A
+          token without experts gets zeros.
 
         Raises:
           ValueError, TypeError: at trace time, naming the argument, what was expected and what came.
@@ -430,7 +429,7 @@ class MoECommunicator:
         """Raises what went wrong on this process's devices since the last call.
 
         Ops do not stop the program when routing fails: they give NaN. Call this where the program waits for a
-        step's result anyway.
+        step's result anyway; it does not wait itself, but for `implementation="reference"`, which reports by callback.
 
         Raises:
           CapacityError: a rank was sent more rows than it has capacity for, with overflow="error".
@@ -498,6 +497,10 @@ class MoECommunicator:
             raise TypeError(f"{argument}: expected a DispatchHandle, got {type(handle).__name__}")
         mine = self._spec.communicator_id
         expect(handle.communicator_id == mine, argument, "a handle of this communicator", "another communicator's")
+        # One of several that a scan stacked has an axis in front.
+        expect_array(f"{argument}.num_dropped", handle.num_dropped, (), jnp.int32)
+        num_offsets = self._shape.num_row_groups + 1
+        expect_array(f"{argument}.layout.offsets", handle.layout.offsets, (num_offsets,), jnp.int32)
 
 
 def _at_least_one_token(array, fill):

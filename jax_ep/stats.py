@@ -55,25 +55,24 @@ class LoadStatistics:
         return RankLoad(by_rank[rank], self.rows_per_rank[rank], self.dropped_per_rank[rank])
 
 
-def load_statistics(received: DispatchOutput | DispatchHandle, axis_name: str = "ep") -> LoadStatistics:
+def load_statistics(received: DispatchOutput | DispatchHandle) -> LoadStatistics:
     """Counts what all ranks received. Call inside `jax.shard_map`; costs one small `psum`.
 
     Args:
       received: what `MoECommunicator.dispatch` returned, either of the two.
-      axis_name: the communicator's mesh axis.
 
     Returns:
       The statistics of this group of ranks. If the step is NaN for an overflow, they count the rows that found a place.
 
     Raises:
       TypeError: `received` is neither.
-      ValueError: the call is not inside `jax.shard_map` over `axis_name`.
+      ValueError: the call is not inside `jax.shard_map` over the communicator's axis.
     """
     if not isinstance(received, DispatchOutput | DispatchHandle):
         raise TypeError(f"received: expected a DispatchOutput or a DispatchHandle, got {type(received).__name__}")
-    axes = jax.sharding.get_abstract_mesh().manual_axes
-    expect(axis_name in axes, "axis_name", f"an axis of the jax.shard_map around it, one of {axes}", repr(axis_name))
-    layout = received.layout
+    layout, axes = received.layout, jax.sharding.get_abstract_mesh().manual_axes
+    axis_name = layout.axis_name
+    expect(axis_name in axes, "load_statistics", f"a call inside jax.shard_map over mesh axis {axis_name!r}", axes)
     tokens = layout.num_tokens_per_expert
     # Groups of RANK_MAJOR are never padded, those of FLAT may be.
     rows = layout.offsets[-1] if layout.kind is DispatchLayout.RANK_MAJOR else tokens.sum(dtype=jnp.int32)

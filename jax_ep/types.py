@@ -70,11 +70,13 @@ class DispatchLayoutInfo:
       offsets: int32, the first row of each group; the last entry is the end of all rows. `[L + 1]`, a group
         per local expert, for `FLAT` and, S slots each, `EXPERT_MAJOR`; `[R + 1]`, a group per source rank, for
         `RANK_MAJOR`.
+      axis_name: the communicator's mesh axis.
     """
 
     kind: DispatchLayout = dataclasses.field(metadata={"static": True})
     num_tokens_per_expert: Array
     offsets: Array
+    axis_name: str = dataclasses.field(default="ep", metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass

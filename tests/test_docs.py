@@ -16,6 +16,7 @@ from commands import ROOT, run
 from test_examples import run_python
 
 import jax_ep
+from jax_ep.bench.peers import PEERS, SIZES, Peer
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("**/*.md"))
@@ -104,12 +105,15 @@ def test_links_resolve(page):
 
 
 def public_modules() -> list[types.ModuleType]:
-    """jax_ep, and the packages in it that say what is public."""
+    """jax_ep, the packages in it that say what is public, and modules of those that do."""
     packages = [name for _, name, is_package in pkgutil.iter_modules(jax_ep.__path__) if is_package]
-    return [
-        jax_ep,
-        *(m for m in (importlib.import_module(f"jax_ep.{name}") for name in packages) if hasattr(m, "__all__")),
-    ]
+    found = [jax_ep]
+    for package in [importlib.import_module(f"jax_ep.{name}") for name in packages]:
+        if hasattr(package, "__all__"):
+            names = [name for _, name, _ in pkgutil.iter_modules(package.__path__) if not name.startswith("_")]
+            modules = [importlib.import_module(f"{package.__name__}.{name}") for name in names]
+            found += [package, *(module for module in modules if hasattr(module, "__all__"))]
+    return found
 
 
 def public_names() -> list[str]:
@@ -149,6 +153,21 @@ def test_picture_of_the_speedup_is_up_to_date():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.PICTURE.read_text() == module.draw(), "run: python docs/_speedup.py"
+
+
+def test_other_libraries_of_the_performance_page_are_those_of_the_bench():
+    """A row for each, with its figures and what the bench says of it, and no other row."""
+    text = (DOCS / "performance.md").read_text()
+    (section,) = re.findall(r"^## Other libraries\n(.*?)^## ", text, re.DOTALL | re.MULTILINE)
+    tables = re.findall(r"^\|.*\n\|[-|]+\|\n((?:\|.*\n)+)", section, re.MULTILINE)
+    for table, (workload, peers) in zip(tables, PEERS.items(), strict=True):
+        assert f"{SIZES[workload]}, microseconds:" in section
+        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+        assert [row[:3] for row in rows] == [[peer.name, peer.dispatch, peer.combine] for peer in peers]
+        for (*_, note), peer in zip(rows, peers, strict=True):
+            is_own = (peer.hardware, peer.source) == (Peer.hardware, Peer.source)
+            assert note == (peer.note if is_own else f"{peer.note}; {peer.hardware}, {peer.source}")
+    assert Peer.hardware in " ".join(section.split())
 
 
 def test_tests_that_the_readme_names_exist():

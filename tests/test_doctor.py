@@ -202,6 +202,27 @@ def test_room_beside_the_pool():
     assert diagnosis.room_beside_pool(no_pool) == 140 << 30
 
 
+@pytest.mark.parametrize("name", ["XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION"])
+def test_the_variable_that_is_set_is_named(name):
+    """JAX refuses both at once."""
+    small = dataclasses.replace(GPU_MACHINE, environment=GPU_MACHINE.environment | {name: ".9"})
+    ((severity, got),) = diagnosed(small, arena=Arena({}, "cuda", 36 << 30, ""))
+    assert severity == "warning" and f"{name}=.9 leaves" in got and got.endswith(f"-> lower {name}")
+
+
+def test_gpus_of_another_maker():
+    other = dataclasses.replace(GPU_MACHINE.devices[0], compute_capability="gfx942")
+    problems = diagnosed(dataclasses.replace(GPU_MACHINE, devices=[other, other]))
+    assert ("error", True) in [(severity, "compute capability gfx942" in got) for severity, got in problems]
+
+
+def test_the_last_flag_counts():
+    off, on = "--xla_gpu_enable_command_buffer=", "--xla_gpu_enable_command_buffer=FUSION"
+    for flags, is_on in ((f"{off} {on}", True), (f"{on} {off}", False), (f'{off}""', False), ("", True)):
+        machine = dataclasses.replace(GPU_MACHINE, environment=dict(XLA_FLAGS=flags))
+        assert any("command buffers are on" in got for _, got in diagnosed(machine)) == is_on, flags
+
+
 def test_problems_of_measurements():
     test = SelfTest("cuda", "low_latency", 2, 1.0, "RuntimeError: ranks 0 and 1: no peer access between these GPUs\n")
     needs_more = Arena({}, "cuda", 36 << 30, "")

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import suite
 from jax.sharding import PartitionSpec as P
-from suite import EXPERT_MAJOR, FLAT, LOW_LATENCY, Case
+from suite import EXPERT_MAJOR, FLAT, LOW_LATENCY, RANK_MAJOR, Case
 
 import jax_ep
 from jax_ep import DispatchLayout, MoECommunicator, MoECommunicatorConfig, MoEMode, QuantConfig, _ffi, _quant
+from jax_ep.eplb import EplbCommunicator
 
 
 def raises(error: type[Exception], argument: str, expected: str, got: str):
@@ -51,18 +52,23 @@ def comm(implementation, mesh, case):
         (ValueError, "topk", 33, "at most 32"),
         (ValueError, "max_tokens_per_rank", 0, "at least 1"),
         (ValueError, "max_recv_tokens_per_rank", 0, "at least 1"),
-        (ValueError, "max_recv_tokens_per_rank", 2**31, "fewer than 2**31 rows"),
+        (ValueError, "max_recv_tokens_per_rank", 2**31, "less than 2**31"),
+        (ValueError, "hidden_size", 2**31, "less than 2**31"),
         (ValueError, "expert_alignment", 0, "at least 1"),
         (ValueError, "num_sms", 0, "at least 1"),
         (ValueError, "max_requests", -1, "at least 0"),
         (ValueError, "timeout_s", 0, "above 0"),
         (ValueError, "timeout_s", float("inf"), "up to"),
+        (TypeError, "timeout_s", "30", "a number"),
+        (TypeError, "timeout_s", None, "a number"),
+        (TypeError, "timeout_s", True, "a number"),
         (ValueError, "overflow", "ignore", '"error" or "drop"'),
         (ValueError, "mode", "high_throughput", "a MoEMode"),
         (ValueError, "output_layout", "flat", "a DispatchLayout"),
         (ValueError, "output_layout", EXPERT_MAJOR, "FLAT or RANK_MAJOR in mode HIGH_THROUGHPUT"),
         (ValueError, "dtype", "int8", "'bfloat16', 'float16', 'float32', 'float64'"),
         (TypeError, "dtype", "float4", "one of ['bfloat16', 'float16', 'float32', 'float64']"),
+        (TypeError, "dtype", None, "one of ['bfloat16', 'float16', 'float32', 'float64']"),
         (TypeError, "num_experts", 4.0, "an int"),
         (TypeError, "hidden_size", "8", "an int"),
         (TypeError, "topk", True, "an int"),
@@ -80,7 +86,7 @@ def test_argument_of_the_constructor(implementation, mesh, case, error, argument
     [
         ("max_recv_tokens_per_rank", 8, "None with output_layout EXPERT_MAJOR"),
         ("expert_alignment", 2, "1 with output_layout EXPERT_MAJOR"),
-        ("max_tokens_per_rank", 2**31, "fewer than 2**31 rows"),
+        ("max_tokens_per_rank", 2**31 - 1, "fewer than 2**31 rows"),
     ],
 )
 def test_argument_of_the_constructor_beside_expert_major(implementation, mesh, case, argument, value, expected):
@@ -90,6 +96,47 @@ def test_argument_of_the_constructor_beside_expert_major(implementation, mesh, c
         expected = f"at most {2**16 // (2 * mesh.size)} in mode LOW_LATENCY on CUDA"
     with raises(ValueError, argument, expected, got):
         suite.communicator(implementation, mesh, case, **{argument: value})
+
+
+def test_alignment_beside_rank_major(implementation, mesh, case):
+    with raises(ValueError, "expert_alignment", "1 with output_layout RANK_MAJOR", "8"):
+        suite.communicator(implementation, mesh, dataclasses.replace(case, layout=RANK_MAJOR), expert_alignment=8)
+
+
+@pytest.mark.parametrize(
+    "name, text, expected",
+    [
+        ("JAX_EP_NUM_SMS", "3,4", "1 integer, at least 1"),
+        ("JAX_EP_NUM_SMS", "many", "1 integer"),
+        ("JAX_EP_DISPATCH_BLOCKS", "24", "2 integers, separated by a comma, at least 1"),
+        ("JAX_EP_COMBINE_BLOCKS", "0,24", "2 integers, separated by a comma, at least 1"),
+    ],
+)
+def test_environment(mesh, case, monkeypatch, name, text, expected):
+    monkeypatch.setenv(name, text)
+    with raises(ValueError, name, expected, repr(text)):
+        suite.communicator("reference", mesh, case)
+    monkeypatch.setenv(name, "24,100" if "BLOCKS" in name else "24")
+    with suite.communicator("reference", mesh, case) as comm:
+        config = comm.config
+        assert 24 in (config.num_sms, *(config.dispatch_blocks or ()), *(config.combine_blocks or ()))
+
+
+def test_what_means_the_same_is_equal(mesh, case):
+    """So that processes which write it differently agree."""
+    given = [dict(dtype="float32", timeout_s=3), dict(dtype=jnp.float32, timeout_s=np.float64(3))]
+    configs = []
+    for arguments in given:
+        with suite.communicator("reference", mesh, case, **arguments) as comm:
+            configs.append(comm.config)
+    assert configs[0] == configs[1] and str(configs[0]) == str(configs[1])
+
+
+def test_mesh_without_a_device_of_this_process(mesh, case, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 7)
+    for build in (lambda: suite.communicator("reference", mesh, case), lambda: EplbCommunicator(mesh)):
+        with raises(ValueError, "mesh", "devices of this process, 7", "only such of processes [0]"):
+            build()
 
 
 def test_default_layouts(implementation, mesh, case):
@@ -289,6 +336,11 @@ def test_gradients_of_quantised_tokens(implementation, mesh, case, layout, dtype
             on_each_rank(comm, gradient)
 
 
+def test_dequantize_of_something_else(comm):
+    with raises(TypeError, "out", "a DispatchOutput", "tuple"):
+        on_each_rank(comm, lambda: jax_ep.dequantize(comm.dispatch(**arguments())))
+
+
 def test_dequantize_of_plain_rows(comm):
     with raises(ValueError, "out", "the output of a dispatch with quant", "plain rows"):
         on_each_rank(comm, lambda: jax_ep.dequantize(comm.dispatch(**arguments())[0]))
@@ -302,6 +354,50 @@ def test_quant_config_as_a_static_argument_and_as_a_pytree():
     config = jax.jit(lambda config: config)(QuantConfig(block_size=16, scales=scales))
     assert config.block_size == 16
     suite.assert_same(config.scales, scales)
+
+
+def test_devices_in_another_order(native_implementation, case):
+    """Which tracing cannot tell: axes have the same names and sizes. The reference's ranks go by the axis."""
+    if len(suite.devices_of(native_implementation)) < 2:
+        pytest.skip("needs 2 devices")
+    mesh = suite.make_mesh(native_implementation, 2)
+    other = jax.sharding.Mesh(mesh.devices[::-1], mesh.axis_names, axis_types=mesh.axis_types)
+    with suite.communicator(native_implementation, mesh, dataclasses.replace(case, num_ranks=2)) as comm:
+
+        def layer(x):
+            out, handle = comm.dispatch(**arguments(x=x))
+            return comm.combine(out.tokens, handle)
+
+        def on(mesh):
+            x = jax.device_put(np.ones((8, 8), np.float32), jax.NamedSharding(mesh, P("ep")))
+            return jax.shard_map(layer, mesh=mesh, in_specs=P("ep"), out_specs=P("ep")), x
+
+        def called(mesh):
+            mapped, x = on(mesh)
+            return jax.jit(mapped)(x)
+
+        def differentiated(mesh):
+            mapped, x = on(mesh)
+            return jax.jit(jax.grad(lambda x: mapped(x).sum()))(x)
+
+        ids = tuple(device.id for device in mesh.devices.flat)
+        for call in (called, differentiated):
+            assert np.isfinite(call(mesh)).all()
+            expected = f"shard_map over the communicator's devices {ids}"
+            with raises(ValueError, "jax_ep_dispatch", expected, str(ids[::-1])):
+                call(other)
+
+
+def test_stacked_handles(comm):
+    def combined():
+        def step(carry, _):
+            return carry, comm.dispatch(**arguments())[1]
+
+        _, handle = jax.lax.scan(step, None, length=2)
+        return comm.combine(jnp.ones((comm.capacity, 8), jnp.float32), handle)
+
+    with raises(ValueError, "handle.num_dropped", "shape []", "shape [2]"):
+        on_each_rank(comm, combined)
 
 
 def test_topk_ids_beside_previous_handle(comm):

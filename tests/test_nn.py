@@ -713,6 +713,8 @@ def test_equal_scores_stay_within_the_best_groups():
         (dict(num_groups=8, topk_groups=1), ValueError, "topk: expected at most 1, the experts of topk_groups groups"),
         (dict(num_groups=2.0), TypeError, "num_groups: expected an int, got float 2.0"),
         (dict(param_dtype=jnp.int32), ValueError, "param_dtype: expected one of"),
+        (dict(param_dtype=None), TypeError, "param_dtype: expected a dtype, one of"),
+        (dict(scaling_factor="2"), TypeError, "scaling_factor: expected a number, got str '2'"),
     ],
 )
 def test_router_errors(arguments, error, text):
@@ -740,6 +742,9 @@ def test_router_errors(arguments, error, text):
         (dict(num_slots=7), ValueError, "num_slots: expected at least the 8 experts, got 7"),
         (dict(num_slots=9), ValueError, "num_slots: expected a multiple of the 2 ranks, got 9"),
         (dict(load_window=0), ValueError, "load_window: expected at least 1, got 0"),
+        (dict(capacity_factor="1.5"), TypeError, "capacity_factor: expected a number, got str '1.5'"),
+        (dict(capacity_factor=float("nan")), ValueError, "capacity_factor: expected a positive number, got nan"),
+        (dict(data_axes=None), TypeError, "data_axes: expected the name of an axis or several, got NoneType"),
     ],
 )
 def test_layer_errors(on_cpus, arguments, error, text):
@@ -782,10 +787,45 @@ def test_call_and_communicator_errors(layer_of, on_cpus):
             call()
     with pytest.raises(ValueError, match=r"x: expected shape \[T, 16\], got shape \[2, 2, 16\]"):
         layer.router(jnp.zeros((2, 2, HIDDEN)))
+    for x, text in ((jnp.zeros((2, HIDDEN), jnp.int32), "a floating dtype, got int32"), ([1.0], "an array, got list")):
+        with pytest.raises(TypeError, match=f"x: expected {text}"):
+            layer.router(x)
+    with pytest.raises(TypeError, match="dtype: expected a dtype, one of .*, got 'nope'"):
+        MoE(layer.router, INNER, communicator=layer.communicator, dtype="nope", rngs=rngs)
+    slotted = layer_of(mesh, "reference", num_slots=12)
+    with pytest.raises(TypeError, match="optimizer: expected an nnx.Optimizer, got int"):
+        slotted.rebalance(3)
+    with pytest.raises(TypeError, match="aux: expected a MoEAux, got int"):
+        slotted.record_load(3)
     with pytest.raises(ValueError, match=r"load: expected shape \[8\], got shape \[2, 8\]"):
         Router(HIDDEN, EXPERTS, TOPK, selection_bias=True, rngs=rngs).update_bias(jnp.ones((2, EXPERTS)))
     with pytest.raises(ValueError, match="selection_bias: expected True for update_bias, got False"):
         layer.router.update_bias(jnp.ones(EXPERTS))
+
+
+class Jittered(Router):
+    def __init__(self, *arguments, rngs):
+        super().__init__(*arguments, rngs=rngs)
+        self.rngs = rngs
+
+    def __call__(self, x):
+        return super().__call__(x + jax.random.normal(self.rngs.noise(), x.shape, x.dtype))
+
+
+def test_routers_that_keep_state_are_refused(on_cpus):
+    """Each device would change a copy of its own, and all of them are lost."""
+    router = Jittered(HIDDEN, EXPERTS, TOPK, rngs=nnx.Rngs(0, noise=1))
+    arguments = dict(mesh=make_mesh("reference", EP), max_tokens_per_rank=TOKENS, implementation="reference")
+    layer = MoE(router, INNER, **arguments, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="router: expected a module that its calls do not change"):
+        layer(tokens_of())
+
+
+def test_no_tokens(layer_of, native_implementation):
+    for implementation in (native_implementation, "reference"):
+        layer = layer_of(make_mesh(implementation, DP_EP), implementation)
+        y, aux = nnx.jit(lambda layer, x: layer(x))(layer, jnp.zeros((0, HIDDEN), jnp.float32))
+        assert y.shape == (0, HIDDEN) and not any(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(aux))
 
 
 def test_import_brings_no_flax():

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import suite
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from suite import EXPERT_MAJOR, FLAT, LOW_LATENCY, RANK_MAJOR, Case
 
@@ -113,6 +114,22 @@ def check_statistics(implementation: str, case: Case) -> None:
     assert stats.of_rank(1).rows == rows[1]
 
 
+def test_axis_is_the_communicators():
+    mesh = suite.make_mesh("reference", 2, dp=4)
+    with suite.communicator("reference", mesh, Case(4), axis_name="dp") as comm:
+        topk = comm.config.topk
+
+        def on_each_rank(topk_ids):
+            x = jnp.zeros((1, comm.config.hidden_size), comm.config.dtype)
+            return jax.tree.map(lambda a: a[None], jax_ep.load_statistics(comm.dispatch(x, topk_ids)[1]))
+
+        mapped = jax.shard_map(on_each_rank, mesh=mesh, in_specs=P(("ep", "dp")), out_specs=P("ep"))
+        topk_ids = np.broadcast_to(np.arange(8, dtype=np.int32)[:, None] % comm.config.num_experts, (8, topk))
+        topk_ids = jax.device_put(topk_ids, NamedSharding(mesh, P(("ep", "dp"))))
+        stats = jax.block_until_ready(jax.jit(mapped)(topk_ids))
+    assert stats.rows_per_rank.shape == (2, 4) and (np.sum(stats.rows_per_rank, 1) == 4 * topk).all()
+
+
 def test_groups_count_by_themselves():
     case = Case(2)
     mesh = suite.make_mesh("reference", 2, dp=2)
@@ -159,7 +176,7 @@ def test_bad_arguments():
         jax_ep.load_statistics(())
     layout = jax_ep.DispatchLayoutInfo(FLAT, jnp.zeros(2, jnp.int32), jnp.zeros(3, jnp.int32))
     out = jax_ep.DispatchOutput(jnp.zeros((1, 1)), layout, jnp.zeros((), jnp.int32))
-    with pytest.raises(ValueError, match="axis_name: expected an axis of the jax.shard_map around it.*got 'ep'"):
+    with pytest.raises(ValueError, match="load_statistics: expected a call inside jax.shard_map over mesh axis 'ep'"):
         jax_ep.load_statistics(out)
 
 

@@ -76,7 +76,9 @@ def check_refusals(task: Task) -> None:
     case = Case(num_ranks=mesh.size)
     check_different_arguments(task, mesh, case)
     check_absent_process(task, mesh, case)
-    check_process_without_memory(task, mesh, case)
+    check_one_process_alone_fails(task, mesh, case)
+    written = dict(dtype="float32", timeout_s=20) if task.process else dict(dtype=np.float32, timeout_s=20.0)
+    suite.communicator(task.implementation, mesh, case, **written).destroy()
     check_different_hosts(task, mesh, case)
     suite.run(task.implementation, mesh, case)
 
@@ -99,17 +101,26 @@ def check_absent_process(task: Task, mesh, case: Case) -> None:
     suite.check_case(task.implementation, case, mesh)
 
 
-def check_process_without_memory(task: Task, mesh, case: Case) -> None:
+def check_one_process_alone_fails(task: Task, mesh, case: Case) -> None:
     """What keeps one process from making its part is an error on both, at once."""
 
-    def no_memory(*_, **__):
-        raise MemoryError
+    def fails_with(error):
+        def fails(*_, **__):
+            raise error
+
+        return fails
 
     start = time.monotonic()
-    with pytest.MonkeyPatch.context() as patched, pytest.raises(RuntimeError, match="MemoryError, on process 1$"):
-        if task.process == 1:
-            patched.setattr(_ffi.extension(task.implementation), "Communicator", no_memory)
-        suite.communicator(task.implementation, mesh, case, timeout_s=60.0)
+    for module, name, error in (
+        (_ffi.extension(task.implementation), "Communicator", MemoryError()),
+        (_ffi, "extension", NotImplementedError("no extension")),
+    ):
+        kind = NotImplementedError if isinstance(error, NotImplementedError) else RuntimeError
+        text = rf"^{str(error) or 'MemoryError'}, on process 1$"
+        with pytest.MonkeyPatch.context() as patched, pytest.raises(kind, match=text):
+            if task.process == 1:
+                patched.setattr(module, name, fails_with(error))
+            suite.communicator(task.implementation, mesh, case, timeout_s=60.0)
     assert time.monotonic() - start < 30
 
 

@@ -70,7 +70,11 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--plot", metavar="PATH.png", help="sweep block and token counts, and draw them there")
     parser.add_argument("--timeout", type=float, default=3600.0, metavar="S", help="for each stage; default 3600")
     parser.add_argument(
-        "--baseline-timeout", type=float, default=180.0, metavar="S", help="a baseline that takes longer hangs"
+        "--baseline-timeout",
+        type=float,
+        default=180.0,
+        metavar="S",
+        help="seconds after which a silent baseline counts as hung; default 180",
     )
     arguments = parser.parse_args()
     if arguments.processes < 1:

@@ -1,4 +1,7 @@
-"""What other libraries take for the same job. Never measured by this benchmark: each line says where it comes from."""
+"""What other libraries take for the same job. Never measured by this benchmark: each line says where it comes from.
+
+docs/performance.md has the same tables, and says what is known about them.
+"""
 
 from __future__ import annotations
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import datetime
 import importlib.metadata
 import json
 import os
+import pathlib
 import platform
 import signal
 import sys
@@ -26,6 +28,7 @@ from jax_ep.bench.workloads import WORKLOADS, Workload
 
 _PR_SET_PDEATHSIG = 1
 _CPU_DEVICES = 8
+_GPU_DRIVER = pathlib.Path("/sys/module/nvidia/version")
 
 
 class Reporter:
@@ -65,7 +68,9 @@ def _workload(stage: Stage, on_cpu: bool) -> Workload:
 
 def _environment(mesh: Mesh) -> dict[str, str]:
     device = mesh.devices.flat[0]
+    driver = {"driver": _GPU_DRIVER.read_text().strip()} if _GPU_DRIVER.exists() else {}
     return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
         "devices": f"{mesh.size}x {device.device_kind}",
         "processes": str(jax.process_count()),
         "platform": " ".join(getattr(device.client, "platform_version", device.platform).split()),
@@ -74,6 +79,7 @@ def _environment(mesh: Mesh) -> dict[str, str]:
         "jax_ep": jax_ep.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
+        **driver,
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
     }
 

@@ -28,7 +28,7 @@ def measure_arena(config: MoECommunicatorConfig, devices: list[jax.Device]) -> A
         comm = MoECommunicator(mesh, config)
     except Exception as error:  # what keeps it from being built is the answer
         implementation = {"gpu": "cuda", "cpu": "cpu"}.get(devices[0].platform, "reference")
-        return Arena(shown, implementation, None, _NOT_KNOWN, f"{type(error).__name__}: {error}")
+        return Arena(shown, implementation, None, "the communicator was not built", f"{type(error).__name__}: {error}")
     with comm:
         implementation = str(comm.config.implementation)
         meaning = {"cuda": _ON_GPUS, "cpu": _ON_CPUS}.get(implementation, _NO_ARENA)

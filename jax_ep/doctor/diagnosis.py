@@ -24,7 +24,7 @@ def diagnose(findings: Findings) -> list[Problem]:
         *_of_devices(machine),
         *_of_extensions(machine),
         *_of_processes(machine),
-        *_of_self_tests(findings.self_tests),
+        *_of_self_tests(machine, findings.self_tests),
         *_of_links(machine, findings.links),
         *_of_memory(machine, findings.arena),
         *_of_overlap(machine),
@@ -52,7 +52,8 @@ def _of_devices(machine: Machine) -> Iterator[Problem]:
         remedy = f"unset JAX_PLATFORMS={chosen}" if chosen else "pip install 'jax[cuda13]', with a driver for CUDA 13"
         yield Problem("warning", f"nvidia-smi lists {len(machine.gpus)} GPUs, but JAX uses {machine.platform}", remedy)
     for capability in sorted({d.compute_capability for d in machine.devices if d.compute_capability}):
-        if float(capability) < _OLDEST_CAPABILITY:
+        is_cuda = re.fullmatch(r"\d+\.\d+", capability) is not None  # gfx942 and the like are AMD's
+        if not is_cuda or float(capability) < _OLDEST_CAPABILITY:
             what = f"compute capability {capability}: jax_ep's kernels need {_OLDEST_CAPABILITY} (H100) or newer"
             yield Problem("error", what, 'choose implementation="reference"')
     if len(machine.devices) >= 2 or machine.num_processes > 1:
@@ -93,7 +94,7 @@ def _of_processes(machine: Machine) -> Iterator[Problem]:
         )
 
 
-def _of_self_tests(self_tests: list[SelfTest]) -> Iterator[Problem]:
+def _of_self_tests(machine: Machine, self_tests: list[SelfTest]) -> Iterator[Problem]:
     for test in self_tests:
         if test.error is None:
             continue
@@ -102,7 +103,7 @@ def _of_self_tests(self_tests: list[SelfTest]) -> Iterator[Problem]:
                 "choose GPUs that reach each other, see nvidia-smi topo -p2p r, and the settings of container and IOMMU"
             )
         elif "cannot allocate" in test.error:
-            remedy = "lower XLA_PYTHON_CLIENT_MEM_FRACTION, and see who else uses the GPUs (nvidia-smi)"
+            remedy = f"lower {_pool_setting(machine)}, and see who else uses the GPUs (nvidia-smi)"
         elif "PeerTimeoutError" in test.error:
             remedy = "see whether other programs keep the devices busy, and run it again"
         else:
@@ -143,14 +144,21 @@ def _of_memory(machine: Machine, arena: Arena | None) -> Iterator[Problem]:
     room = room_beside_pool(machine)
     if room is None:
         return
-    fraction = machine.environment.get("XLA_PYTHON_CLIENT_MEM_FRACTION")
-    setting = f"XLA_PYTHON_CLIENT_MEM_FRACTION={fraction}" if fraction else "JAX's default"
+    name = _pool_setting(machine)
+    fraction = machine.environment.get(name)
+    setting = f"{name}={fraction}" if fraction else "JAX's default"
     needed = arena.bytes if arena is not None and arena.bytes is not None else 0
     if room < max(needed, 1 << 30):
         what = f"{setting} leaves {room / 2**20:.0f} MiB of a GPU for arenas" + (
             f", which need {needed / 2**20:.0f} MiB" if needed else ""
         )
-        yield Problem("warning", what, "lower XLA_PYTHON_CLIENT_MEM_FRACTION")
+        yield Problem("warning", what, f"lower {name}")
+
+
+def _pool_setting(machine: Machine) -> str:
+    """The variable that says how much of a GPU is JAX's: JAX reads two, and refuses both at once."""
+    new = "XLA_CLIENT_MEM_FRACTION"
+    return new if new in machine.environment else "XLA_PYTHON_CLIENT_MEM_FRACTION"
 
 
 def _of_overlap(machine: Machine) -> Iterator[Problem]:
@@ -159,7 +167,9 @@ def _of_overlap(machine: Machine) -> Iterator[Problem]:
     if version_tuple(machine.versions["jax"]) < _OVERLAPPING_JAX:
         what = "dispatch_async and combine_async hide nothing with jax before 0.11.1"
         yield Problem("note", what, "pip install -U 'jax[cuda13]', if you use them")
-    if not re.search(r"--xla_gpu_enable_command_buffer=(\"\"|''|\s|$)", machine.environment.get("XLA_FLAGS", "")):
+    # The last of several counts.
+    given = re.findall(r"--xla_gpu_enable_command_buffer=(\S*)", machine.environment.get("XLA_FLAGS", ""))
+    if not given or given[-1].strip("\"'"):
         yield Problem(
             "note",
             "command buffers are on: they replay one kernel after the other, so dispatch_async and combine_async hide "

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_ep import _bootstrap, _ffi
-from jax_ep._checks import expect, expect_concrete, expect_int, expect_number
+from jax_ep._checks import expect, expect_concrete, expect_int, expect_mesh, expect_number
 from jax_ep._config import _IMPLEMENTATIONS
 from jax_ep._processes import Processes, communicator_id, give_back_id
 from jax_ep.eplb import _rows
@@ -78,8 +78,7 @@ class EplbCommunicator:
         implementation: str | None = None,
         timeout_s: float = 30.0,
     ):
-        if not isinstance(mesh, jax.sharding.Mesh):
-            raise TypeError(f"mesh: expected a jax.sharding.Mesh of devices, got {type(mesh).__name__}")
+        expect_mesh(mesh)
         expect(axis_name in mesh.axis_names, "axis_name", f"one of {mesh.axis_names}", repr(axis_name))
         expect(transport is None or transport in _TRANSPORTS, "transport", f"one of {_TRANSPORTS}", repr(transport))
         platform = mesh.devices.flat[0].platform
@@ -100,7 +99,7 @@ class EplbCommunicator:
         options = dict(transport=transport, memory_budget_bytes=memory_budget_bytes, row_bytes=row_bytes)
         try:
             self._processes.agree("EplbCommunicator", str(options | dict(implementation=implementation)))
-        except RuntimeError:
+        except BaseException:
             # The others will count from here when all build one again.
             give_back_id(mesh, axis_name)
             raise

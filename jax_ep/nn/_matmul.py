@@ -12,10 +12,21 @@ from jax_ep._ffi import vary, varying_axes
 
 
 def default_grouped_matmul(implementation: str | None) -> Callable[..., jax.Array]:
-    """`(rows [C, X], kernels [L, X, Y], group_sizes int32 [L]) -> [C, Y]` for a communicator's `implementation`.
+    """The grouped matrix product that `MoE` takes where it is given none, for layers of your own.
 
-    On GPUs tokamax's, where it is installed: what XLA makes of `jax.lax.ragged_dot` there takes up to 30 times as long,
-    see docs/performance.md.
+    On GPUs it is tokamax's, where tokamax is installed: what XLA makes of `jax.lax.ragged_dot` there took over 30 times
+    as long, see docs/performance.md. Anywhere else it is `jax.lax.ragged_dot`.
+
+    JAX refuses tokamax's own gradient inside `jax.shard_map`; this product has one that works there. As it is now,
+    that has been run with tokamax on CPUs, not yet on a GPU.
+
+    Args:
+      implementation: `comm.config.implementation` of the communicator that the rows come from. tokamax's is for "cuda".
+
+    Returns:
+      A function of rows `[C, X]`, sorted by group, kernels `[L, X, Y]` of the same dtype and group sizes int32 `[L]`.
+      It returns `[C, Y]`: each row times its group's kernel, in the rows' dtype. Differentiable in rows and kernels, in
+      reverse mode. Rows beyond all groups are zero where tokamax multiplies, and so are their gradients.
     """
     return _tokamax_ragged_dot if implementation == "cuda" and _has_tokamax() else jax.lax.ragged_dot
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jax_ep import _ffi
-from jax_ep._checks import expect, expect_dtype, expect_int
+from jax_ep._checks import expect, expect_dtype, expect_floating, expect_int, expect_number
 from jax_ep.communicator import MoECommunicator
 from jax_ep.eplb import ExpertPlacement, LoadRecorder, count_moves, tie_replicas
 from jax_ep.eplb._communicator import EplbCommunicator
@@ -53,7 +53,7 @@ class MoE(nnx.Module):
 
     Args:
       router: a `Router`, which says H, E and K; or a module like it: called in `jax.shard_map` on a device's tokens
-        `[T, H]`, with parameters that are replicated.
+        `[T, H]`, with parameters that are replicated. Calls must not change it.
       intermediate_size: F, of each expert.
       mesh: of all the axes below, outside of which tokens are replicated.
       expert_axis: the mesh axis over which the experts are split, and besides the tokens.
@@ -136,6 +136,8 @@ class MoE(nnx.Module):
             )
             _check_communicator(communicator, router, num_slots, dtype, own)
             mesh, expert_axis, dtype = communicator.mesh, communicator.config.axis_name, communicator.config.dtype
+        if not isinstance(data_axes, str | tuple | list):
+            raise TypeError(f"data_axes: expected the name of an axis or several, got {type(data_axes).__name__}")
         self.data_axes = (data_axes,) if isinstance(data_axes, str) else tuple(data_axes)
         self.expert_axis, self.tensor_axis = expert_axis, tensor_axis
         _check_axes(mesh, expert_axis, self.data_axes, tensor_axis, intermediate_size)
@@ -194,6 +196,8 @@ class MoE(nnx.Module):
           ValueError: the layer has no `num_slots`.
         """
         _, recorded, _ = self._rebalanced("record_load")
+        if not isinstance(aux, MoEAux):
+            raise TypeError(f"aux: expected a MoEAux, got {type(aux).__name__}")
         counts: Any = aux.tokens_per_expert
         recorded[...] = self._recorder.push(recorded[...], counts)
 
@@ -234,6 +238,8 @@ class MoE(nnx.Module):
           RuntimeError, PeerTimeoutError: as `jax_ep.eplb.transfer_experts`.
         """
         slots, recorded, steps = self._rebalanced("rebalance")
+        if optimizer is not None and not isinstance(optimizer, nnx.Optimizer):
+            raise TypeError(f"optimizer: expected an nnx.Optimizer, got {type(optimizer).__name__}")
         count = 0 if every is None else _rebalance.count_step(self, steps, expect_int("every", every))
         if count is None:
             return 0
@@ -301,7 +307,7 @@ class MoE(nnx.Module):
         def on_each_device(x, router_state, experts, shared, placement):
             # In here, since outside XLA would gather all tokens' scores to choose from them.
             tokens = x.reshape(-1, x.shape[-1])
-            topk_ids, weights, aux = nnx.merge(router_graph, router_state)(tokens)
+            topk_ids, weights, aux = _routed(nnx.merge(router_graph, router_state), tokens)
             aux = jax.lax.pmean(aux, token_axes)
             counts = None if placement is None else self._recorder.count(topk_ids)
             y, num_dropped = self._outputs(tokens.astype(self.dtype), topk_ids, weights, experts, shared, placement)
@@ -316,14 +322,11 @@ class MoE(nnx.Module):
         )(x, router_state, experts, shared, self.placement)
 
     def _check_tokens(self, x, num_ranks: int) -> None:
+        expect_floating("x", x)
         hidden = self.router.hidden_size
-        if not hasattr(x, "shape") or not hasattr(x, "dtype"):
-            raise TypeError(f"x: expected an array, got {type(x).__name__}")
         fits = x.ndim >= 2 and x.shape[-1] == hidden
         expect(fits, "x", f"shape [N, ..., {hidden}]", f"shape {list(x.shape)}")
         expect(x.shape[0] % num_ranks == 0, "x", f"a multiple of the {num_ranks} ranks in front", x.shape[0])
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise TypeError(f"x: expected a floating dtype, got {x.dtype}")
 
     def _outputs(self, tokens, topk_ids, weights, experts, shared, placement) -> tuple[jax.Array, jax.Array]:
         """A device's [T, H], and how many (token, k) it dropped."""
@@ -348,6 +351,16 @@ class MoE(nnx.Module):
             y = jax.lax.psum(y.astype(wide), tensor).astype(y.dtype)
             num_dropped = jax.lax.pmax(jax.lax.stop_gradient(num_dropped), tensor)  # the same everywhere
         return y, num_dropped
+
+
+def _routed(router, tokens):
+    """What a router says of tokens. A copy of it: what it would keep of the call is lost."""
+    before = jax.tree.leaves(nnx.state(router))
+    routed = router(tokens)
+    after = jax.tree.leaves(nnx.state(router))
+    is_same = len(after) == len(before) and all(new is old for new, old in zip(after, before, strict=True))
+    expect(is_same, "router", "a module that its calls do not change", "one that keeps state, as nnx.Rngs do")
+    return routed
 
 
 def swiglu(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, *, matmul) -> jax.Array:
@@ -403,8 +416,8 @@ def _check_communicator(communicator, router: Router, num_slots: int | None, dty
         expect(config.num_experts == num_slots, "communicator", wanted, config.num_experts)
     expect(config.output_layout is DispatchLayout.FLAT, "communicator", "output_layout FLAT", config.output_layout)
     if dtype is not None:
-        theirs = jnp.dtype(config.dtype).name
-        expect(jnp.dtype(dtype).name == theirs, "dtype", f"{theirs}, the communicator's", jnp.dtype(dtype).name)
+        mine, theirs = expect_dtype("dtype", dtype, _ffi.DTYPES).name, config.dtype.name
+        expect(mine == theirs, "dtype", f"{theirs}, the communicator's", mine)
 
 
 def _make_communicator(
@@ -413,7 +426,8 @@ def _make_communicator(
     max_tokens_per_rank = expect_int("max_tokens_per_rank", max_tokens_per_rank)
     capacity = None
     if capacity_factor is not None:
-        expect(capacity_factor > 0, "capacity_factor", "a positive number", capacity_factor)
+        capacity_factor = expect_number("capacity_factor", capacity_factor)
+        expect(0 < capacity_factor < math.inf, "capacity_factor", "a positive number", capacity_factor)
         # More than all tokens of all ranks cannot come.
         factor = min(capacity_factor, mesh.shape[axis_name])
         capacity = math.ceil(factor * max_tokens_per_rank * router.topk)

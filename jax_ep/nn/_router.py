@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jax_ep._checks import expect, expect_dtype, expect_int
+from jax_ep import _ffi
+from jax_ep._checks import expect, expect_dtype, expect_floating, expect_int, expect_number
 
 _SCORES = ("softmax", "sigmoid")
-_FLOATS = ("bfloat16", "float16", "float32", "float64")
 # Added to the sum of a token's weights, as in DeepSeek-V3: sigmoids may all be zero.
 _TINY = 1e-20
 
@@ -99,9 +99,10 @@ class Router(nnx.Module):
         expect(topk_groups <= num_groups, "topk_groups", f"at most {num_groups}, the num_groups", topk_groups)
         num_eligible = topk_groups * (num_experts // num_groups)
         expect(topk <= num_eligible, "topk", f"at most {num_eligible}, the experts of topk_groups groups", topk)
-        dtype = expect_dtype("param_dtype", param_dtype, _FLOATS)
+        dtype = expect_dtype("param_dtype", param_dtype, _ffi.DTYPES)
         self.hidden_size, self.num_experts, self.topk = hidden_size, num_experts, topk
-        self.score, self.normalize_weights, self.scaling_factor = score, normalize_weights, scaling_factor
+        self.score, self.normalize_weights = score, bool(normalize_weights)
+        self.scaling_factor = expect_number("scaling_factor", scaling_factor)
         self.num_groups, self.topk_groups = num_groups, topk_groups
         self.kernel = nnx.Param(kernel_init(rngs.params(), (hidden_size, num_experts), dtype))
         self.bias = SelectionBias(jnp.zeros((num_experts,), jnp.float32)) if selection_bias else None
@@ -117,8 +118,9 @@ class Router(nnx.Module):
           of these tokens.
 
         Raises:
-          ValueError: `x` has another shape.
+          ValueError, TypeError: `x` has another shape, or no floating dtype.
         """
+        expect_floating("x", x)
         fits = x.ndim == 2 and x.shape[1] == self.hidden_size
         expect(fits, "x", f"shape [T, {self.hidden_size}]", f"shape {list(x.shape)}")
         # No shorter mantissas: small differences decide.
@@ -163,8 +165,10 @@ class Router(nnx.Module):
 
 def _aux(logits: jax.Array, scores: jax.Array, topk_ids: jax.Array) -> RouterAux:
     shares = scores / (scores.sum(-1, keepdims=True) + _TINY)
+    num_tokens = max(1, scores.shape[0])  # of none, the means are zero
+    counts = jax.nn.one_hot(topk_ids, scores.shape[-1], dtype=jnp.float32).sum((0, 1))
     return RouterAux(
-        load=jax.nn.one_hot(topk_ids, scores.shape[-1], dtype=jnp.float32).mean((0, 1)),
-        probability=shares.mean(0),
-        z_loss=jnp.square(jax.nn.logsumexp(logits, axis=-1)).mean(),
+        load=counts / (num_tokens * topk_ids.shape[1]),
+        probability=shares.sum(0) / num_tokens,
+        z_loss=jnp.square(jax.nn.logsumexp(logits, axis=-1)).sum() / num_tokens,
     )

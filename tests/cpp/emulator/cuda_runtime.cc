@@ -6,7 +6,7 @@
 
 namespace emulator {
 
-constexpr unsigned kKernelsPerLateOne = 4, kLateKernelUs = 3000;
+constexpr unsigned kKernelsPerLateOne = 4;
 
 // Starts kernels in their order, one when the last is over or has let it start.
 class Stream {
@@ -33,7 +33,7 @@ class Stream {
   }
   void Run(const std::shared_ptr<Kernel>& kernel) {
     while (!MayStart(*kernel)) std::this_thread::yield();
-    BeLateSometimes(kKernelsPerLateOne, kLateKernelUs);
+    BeLateSometimes(kKernelsPerLateOne);
     std::vector<std::thread> blocks;
     for (unsigned block = 0; block < kernel->num_blocks; ++block)
       blocks.emplace_back([&, block] { Block(*kernel, {block}).Run(); });

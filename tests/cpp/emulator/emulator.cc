@@ -17,7 +17,7 @@ constexpr size_t kAlignment = 256;
 constexpr std::byte kGarbage{0x6b};
 constexpr int kSavedRegisters = 6;
 constexpr int kRoundsPerYield = 8;
-constexpr unsigned kYieldsPerLateBlock = 256, kLateBlockUs = 500;
+constexpr unsigned kYieldsPerLateBlock = 256;
 
 std::byte* AlignUp(std::byte* at) {
   const auto address = reinterpret_cast<uintptr_t>(at);
@@ -48,11 +48,11 @@ jax_ep_switch_stack:
   ret
 )");
 
-void BeLateSometimes(unsigned one_in, unsigned most_us) {
+void BeLateSometimes(unsigned one_in) {
   static std::atomic<unsigned> num_threads{0};
   static thread_local std::mt19937 random(++num_threads);
   if (random() % one_in == 0)
-    std::this_thread::sleep_for(std::chrono::microseconds(random() % most_us));
+    std::this_thread::sleep_for(std::chrono::microseconds(1 << random() % 17));
 }
 
 void AsyncCopies::Finish(size_t pending) {
@@ -132,7 +132,7 @@ void Block::SwitchFrom(size_t from) {
     // After a few times around, other blocks may have what is waited for.
     if (current_ != 0 || ++num_rounds_ % kRoundsPerYield != 0) continue;
     sched_yield();
-    BeLateSometimes(kYieldsPerLateBlock, kLateBlockUs);
+    BeLateSometimes(kYieldsPerLateBlock);
   } while (fibers_[current_].is_done);
   if (current_ != from)
     jax_ep_switch_stack(&fibers_[from].stack_pointer, fibers_[current_].stack_pointer);

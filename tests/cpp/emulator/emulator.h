@@ -38,8 +38,8 @@ struct Index {
   unsigned x;
 };
 
-// Waits once in about `one_in` times, for up to `most_us`.
-void BeLateSometimes(unsigned one_in, unsigned most_us);
+// Waits once in about `one_in` times: a microsecond, or up to 65 milliseconds.
+void BeLateSometimes(unsigned one_in);
 
 // Copies of one CUDA thread that are under way, in groups.
 class AsyncCopies {
