@@ -84,6 +84,7 @@ class MoECommunicator:
         yet waited for); on GPUs each takes another arena. Default 0: none.
       implementation: "cuda", "cpu" or "reference" (pure JAX); default by the mesh's platform.
       num_sms: SMs of a GPU that an op may occupy; default all, or what the environment variable JAX_EP_NUM_SMS says.
+        The routing of a fresh dispatch may take up to 33 more, for a short time.
       dispatch_blocks: (sending, receiving) thread blocks of dispatch, one per SM; default a split of `num_sms`, or
         what JAX_EP_DISPATCH_BLOCKS says, as in "24,100".
       combine_blocks: the same for combine; JAX_EP_COMBINE_BLOCKS.
@@ -225,11 +226,13 @@ class MoECommunicator:
 
         - Ranks start a communicator's requests in the same order, as they do when they run the same program. At most
           `max_requests`, of this and of `combine_async`, are in flight at a time, and those started first are waited
-          for first. A request may be carried through a scan: start the next one, wait for this one, with
-          `max_requests=2`.
+          for first. What counts is what depends on what, not the order of lines: XLA may start a request that needs
+          nothing of an earlier one before that has been received. So allow as many as are independent of each other. A
+          request may be carried through a scan: start the next one, wait for this one, with `max_requests=2`.
         - The ticket is a hint. Where XLA merges equal starts, takes one out of a loop, or `jax.checkpoint` recomputes a
           wait, the receiving half finds nothing that was sent for it, and does the whole op. So it does for one
-          request more than `max_requests`.
+          request more than `max_requests`, unless sending halves run on a stream of their own: then some ranks may take
+          it for one too many and others not, and the op ends in `PeerTimeoutError`.
         - A request that is not waited for is not even started, since XLA drops it, unless its ticket is used.
 
         On GPUs, in mode HIGH_THROUGHPUT, the sending half runs beside compute with jax 0.11.1 or newer and
@@ -467,7 +470,9 @@ class MoECommunicator:
     def destroy(self) -> None:
         """Frees the communicator's memory and connections; programs that still call it get an error. Idempotent.
 
-        Wait for running programs first. On several processes, call it on all of them.
+        Wait for running programs first: one that is left half done makes the other ranks time out, and another
+        collective in it may never end. On several processes, call it on all of them. On GPUs, a program that XLA has
+        recorded in a command buffer is replayed without asking jax_ep, and must not be called any more.
         """
         if self._destroyed:
             return

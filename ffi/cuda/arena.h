@@ -31,8 +31,11 @@ struct ArenaHeader {
   uint32_t blocks_done;  // of the running exchange
   uint32_t send_tasks;   // dealt out in the running exchange
   uint32_t receive_tasks;
-  uint32_t in_flight;     // whether a request that uses this arena is to be received
-  uint32_t num_requests;  // of the first arena: requests started so far
+  uint32_t in_flight;  // whether a request that uses this arena is to be received
+  // Of the first arena, for sending halves, which all run on one stream:
+  uint32_t num_requests;   // started so far
+  uint32_t start_decided;  // whether the running one may use its arena: 0 before anybody looked
+  uint32_t blocks_refused;
 };
 
 // What a kernel does of its op. The halves of a request are an exchange of their own arena, cut in

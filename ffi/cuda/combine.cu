@@ -212,11 +212,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   PieceRing ring(memory);
   TermList& list = TeamMemory{memory, team.warp}.list();
   const Request request(arena);
+  if (request.is_refused) return request.LeaveRefused(arena);
   const uint32_t epoch = EnterEpoch(arena);
   if (p.tables.status[kCode] != 0) {
     if (arena.receives()) FillNaN(shape, p);
   } else {
-    if (static_cast<int>(blockIdx.x) < senders && arena.sends() && !request.is_refused)
+    if (static_cast<int>(blockIdx.x) < senders && arena.sends())
       Send<T>(shape, arena, team, p, epoch, list, ring);
     if (arena.receives()) Receive<T>(shape, arena, team, p, epoch, list, ring);
   }

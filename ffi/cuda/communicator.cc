@@ -308,7 +308,10 @@ std::string Communicator::Transfer(int32_t ordinal, const TransferParams& params
                                    cudaStream_t stream) {
   ScopedDevice scope(ordinal);
   const Device& device = devices_.at(ordinal);
-  const Blocks blocks = BlocksOf(device, spec_.dispatch_blocks, kTransferSenders);
+  // Senders wait for receivers here, so all have to run at once. What was chosen is for dispatch.
+  const BlockCounts& chosen = spec_.dispatch_blocks;
+  const bool fits = chosen.senders + chosen.receivers <= device.num_sms;
+  const Blocks blocks = BlocksOf(device, fits ? chosen : BlockCounts{}, kTransferSenders);
   return Failed("transfer", LaunchTransfer(ArenaOf(device), params, blocks, stream));
 }
 

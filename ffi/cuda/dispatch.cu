@@ -316,10 +316,14 @@ __global__ void __launch_bounds__(kThreads, 1)
   const WarpMemory memory(ptx::dynamic_shared());
   RowBuffer buffer(memory);
   const Request request(arena);
+  if (request.is_refused) {
+    if (topk_ids != nullptr) ptx::griddepcontrol_wait();
+    return request.LeaveRefused(arena);
+  }
   const uint32_t epoch = EnterEpoch(arena);
   const int block = static_cast<int>(blockIdx.x) - senders,
             blocks = static_cast<int>(gridDim.x) - senders;
-  if (block < 0 && arena.sends() && !request.is_refused)
+  if (block < 0 && arena.sends())
     Send<typename Receiver::Quantised>(shape, arena, team, p, topk_ids, epoch, buffer);
   // From here on the tables are read, which a fresh dispatch gets from the kernel before.
   if (topk_ids != nullptr) ptx::griddepcontrol_wait();

@@ -32,8 +32,8 @@ __device__ inline uint32_t LatencyEpoch(const Arena& arena) {
 
 // Where nothing else tells that a rank has entered: tells all peers, if the kernel begins an
 // exchange. To be called by one warp.
-__device__ inline void TellEntered(const Arena& arena, const Request& request, uint32_t epoch) {
-  if (!arena.sends() || request.is_refused) return;
+__device__ inline void TellEntered(const Arena& arena, uint32_t epoch) {
+  if (!arena.sends()) return;
   for (int peer = threadIdx.x % 32; peer < arena.layout.num_ranks; peer += 32)
     ptx::st_relaxed_sys(arena.Ready(peer, arena.rank), epoch);
 }

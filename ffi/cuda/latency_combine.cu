@@ -111,8 +111,9 @@ __global__ void __launch_bounds__(kLatencyThreads, 1)
     LatencyCombineKernel(MoEShape shape, Arena arena, CombineParams p) {
   constexpr int kTeams = kLatencyThreads / Team::kThreads;
   const Request request(arena);
+  if (request.is_refused) return request.LeaveRefused(arena);
   const uint32_t epoch = LatencyEpoch(arena);
-  if (IsLastInGrid() && threadIdx.x / 32 == kLatencyWarps - 1) TellEntered(arena, request, epoch);
+  if (IsLastInGrid() && threadIdx.x / 32 == kLatencyWarps - 1) TellEntered(arena, epoch);
   const int blocks = gridDim.x, peers = shape.num_ranks - 1;
   const int64_t to_send = p.num_tokens * peers;
   // The first to receive has the fewest to send.
@@ -124,8 +125,7 @@ __global__ void __launch_bounds__(kLatencyThreads, 1)
               NaNs(shape.dtype));
   } else {
     const Team team;
-    const bool sends = arena.sends() && !request.is_refused;
-    for (int64_t task = int64_t{team.index} * blocks + blockIdx.x; sends && task < to_send;
+    for (int64_t task = int64_t{team.index} * blocks + blockIdx.x; arena.sends() && task < to_send;
          task += int64_t{blocks} * kTeams)
       SendSum<T>(shape, arena, team, p, epoch,
                  static_cast<int>((arena.rank + 1 + task % peers) % shape.num_ranks), task / peers);

@@ -291,13 +291,14 @@ __global__ void __launch_bounds__(kLatencyThreads, 1)
     LatencyDispatchKernel(MoEShape shape, Arena arena, RouteParams route, DispatchParams p,
                           int senders) {
   const Request request(arena);
+  if (request.is_refused) return request.LeaveRefused(arena);
   const uint32_t epoch = LatencyEpoch(arena);
   const Receivers receivers(senders);
   const int32_t* topk_ids = kFresh ? route.topk_ids : nullptr;
-  if (!kFresh && IsLastInGrid() && threadIdx.x < 32) TellEntered(arena, request, epoch);
+  if (!kFresh && IsLastInGrid() && threadIdx.x < 32) TellEntered(arena, epoch);
   if (receivers.block >= 0 && arena.receives())
     ReceiveAll<X, kFresh>(shape, arena, route, p, epoch, receivers);
-  else if (receivers.block < 0 && arena.sends() && !request.is_refused)
+  else if (receivers.block < 0 && arena.sends())
     SendAll<X>(shape, arena, p, topk_ids, epoch, senders);
   // Whoever sent its ids has entered.
   LeaveLatencyEpoch(arena, request, epoch, !kFresh, Phase::kDispatch);

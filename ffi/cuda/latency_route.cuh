@@ -362,7 +362,8 @@ __device__ inline void FillSendRanks(const MoEShape& shape, const RouteParams& p
   if (lane >= count && lane < shape.topk) ranks[lane] = -1;
 }
 
-// Counts everybody's ids. Returns what all threads of all blocks agree on.
+// Counts everybody's ids. Returns what all threads of all blocks agree on, unless a peer is so late
+// that some have heard of it and some have not: that is reported in any case.
 __device__ inline Verdict Count(const MoEShape& shape, const Arena& arena, const RouteParams& p,
                                 uint32_t epoch, const Routing& routing) {
   const int counters = static_cast<int>(routing.starts - routing.experts);

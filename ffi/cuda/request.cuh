@@ -20,27 +20,28 @@ namespace jax_ep::cuda {
 // answer, which changes only when the last of them ends.
 struct Request {
   int index = 0;  // of the arena; 0 for whole ops
+  // By a sending half, whose arena is in use: it stays away from that, since the half that receives
+  // what is in it may run at the same time, on another stream.
   bool is_refused = false;
 
-  // Moves `arena` on to that of the request, or makes the op a whole one.
+  // Moves `arena` on to that of the request, or makes the op a whole one. To be called by all
+  // threads of all blocks.
   __device__ explicit Request(Arena& arena) {
-    if (arena.half == Half::kBoth) return;
-    const bool sends = arena.half == Half::kSend;
-    const int number =
-        sends
-            ? static_cast<int>(ptx::ld_volatile(&arena.Header()->num_requests) % arena.max_requests)
-            : arena.ticket[0];
-    const ArenaHeader* header = arena.Header(1 + max(number, 0));
-    const bool in_flight = ptx::ld_volatile(&header->in_flight) != 0;
-    is_refused = sends && in_flight;
-    const bool is_here = in_flight && number >= 0 &&
-                         static_cast<uint32_t>(arena.ticket[1]) == ptx::ld_volatile(&header->epoch);
-    if (sends || is_here) {
-      index = 1 + number;
-      arena.bases += index * arena.layout.num_ranks;
-      arena.own += index * arena.layout.bytes;
-    } else {
-      arena.half = Half::kBoth;
+    if (arena.half == Half::kSend) {
+      const uint32_t started = ptx::ld_volatile(&arena.Header()->num_requests);
+      const int next = 1 + static_cast<int>(started % arena.max_requests);
+      is_refused = !IsFree(arena, next);
+      if (!is_refused) MoveTo(arena, next);
+    } else if (arena.half == Half::kReceive) {
+      const int number = arena.ticket[0];
+      const ArenaHeader* header = arena.Header(1 + max(number, 0));
+      const bool is_here =
+          number >= 0 && ptx::ld_volatile(&header->in_flight) != 0 &&
+          static_cast<uint32_t>(arena.ticket[1]) == ptx::ld_volatile(&header->epoch);
+      if (is_here)
+        MoveTo(arena, 1 + number);
+      else
+        arena.half = Half::kBoth;
     }
   }
 
@@ -49,14 +50,51 @@ struct Request {
     if (index == 0) return;
     ArenaHeader* header = arena.Header();
     if (arena.half == Half::kReceive) {
-      header->in_flight = 0;
+      // Whoever finds the arena free finds the next epoch in it.
+      ptx::st_release_sys(&header->in_flight, 0);
       return;
     }
-    arena.ticket[0] = is_refused ? -1 : index - 1;
+    ArenaHeader* first = arena.Header(-index);
+    arena.ticket[0] = index - 1;
     arena.ticket[1] = static_cast<int32_t>(header->epoch);
-    if (is_refused) return;
     header->in_flight = 1;
-    arena.Header(-index)->num_requests += 1;
+    first->num_requests += 1;
+    first->start_decided = 0;
+  }
+
+  // Instead of all else, by all threads of all blocks of a refused half's last kernel: the ticket
+  // of nothing.
+  __device__ void LeaveRefused(const Arena& arena) const {
+    ArenaHeader* first = arena.Header();
+    if (!IsLastBlock(&first->blocks_refused) || threadIdx.x != 0) return;
+    arena.ticket[0] = -1;
+    arena.ticket[1] = 0;
+    first->start_decided = 0;
+  }
+
+ private:
+  __device__ void MoveTo(Arena& arena, int number) {
+    index = number;
+    arena.bases += index * arena.layout.num_ranks;
+    arena.own += index * arena.layout.bytes;
+  }
+
+  // Whether a sending half may use an arena. The first block to look decides for all: what is there
+  // may be received meanwhile.
+  __device__ static bool IsFree(const Arena& arena, int number) {
+    constexpr uint32_t kFree = 1, kInFlight = 2;
+    __shared__ uint32_t decided;
+    if (threadIdx.x == 0) {
+      const bool is_free = ptx::ld_acquire_sys(&arena.Header(number)->in_flight) == 0;
+      const uint32_t mine = is_free ? kFree : kInFlight;
+      // What this thread acquired, all whom it decides for have acquired.
+      __threadfence();
+      const uint32_t before = atomicCAS(&arena.Header()->start_decided, 0, mine);
+      __threadfence();
+      decided = before == 0 ? mine : before;
+    }
+    __syncthreads();
+    return decided == kFree;
   }
 };
 

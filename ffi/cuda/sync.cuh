@@ -18,11 +18,14 @@ __device__ __forceinline__ constexpr bool Reached(uint32_t flag, uint32_t epoch)
 static_assert(Reached(1, UINT32_MAX) && !Reached(UINT32_MAX, 1), "");
 static_assert(!Reached(7, 7u + (1u << 31)) && !Reached(7, 7u + (3u << 30)), "");
 
-// Tells the host. The first report stays until the host has taken it; `code` is written last, so
-// that a host that sees it sees the rest.
+// Tells the host. The first report stays until the host has taken it, but for a timeout, which
+// takes the place of what a program can go on after; `code` is written last, so that a host that
+// sees it sees the rest.
 __device__ inline void Report(const Arena& arena, const ErrorRecord& error) {
   volatile ErrorRecord* record = arena.error;
-  if (record->code != ErrorCode::kNone && error.code != ErrorCode::kTimeout) return;
+  if (record->code != ErrorCode::kNone &&
+      (error.code != ErrorCode::kTimeout || record->code == ErrorCode::kTimeout))
+    return;
   record->rank = error.rank;
   record->peer = error.peer;
   record->phase = error.phase;

@@ -145,15 +145,18 @@ CudaParams ParamsOf(RankWalk& walk, Step step) {
   return std::get<CombineParams>(walk.Op(RankWalk::kCombine));
 }
 
-// A stream on each GPU, as XLA has: the default one knows no overlap.
+// A stream on each GPU, as XLA has: the default one knows no overlap; and one beside it.
 class Streams {
  public:
-  explicit Streams(int gpus) : streams_(gpus) {
+  explicit Streams(int gpus) : streams_(gpus), beside_(gpus) {
     for (int gpu = 0; gpu < gpus; ++gpu) {
       Check(cudaSetDevice(gpu), "cudaSetDevice");
-      Check(cudaStreamCreateWithFlags(&streams_[gpu], cudaStreamNonBlocking), "cudaStreamCreate");
+      for (cudaStream_t* stream : {&streams_[gpu], &beside_[gpu]})
+        Check(cudaStreamCreateWithFlags(stream, cudaStreamNonBlocking), "cudaStreamCreate");
     }
   }
+  // Where sending halves run from now on.
+  void StartBeside(bool is_beside) { starts_are_beside_ = is_beside; }
   // The sending half of an op, and the op as the receiving half of that.
   std::string Start(cuda::Communicator& communicator, int rank, const FreshDispatchParams& p,
                     int32_t* ticket) {
@@ -165,7 +168,7 @@ class Streams {
   }
   std::string Start(cuda::Communicator& communicator, int rank, const CombineParams& p,
                     int32_t* ticket) {
-    return communicator.CombineStart(rank, {p, ticket}, streams_[rank]);
+    return communicator.CombineStart(rank, {p, ticket}, StreamOfStarts(rank));
   }
   static FreshDispatchParams WithTicket(FreshDispatchParams p, const int32_t* ticket) {
     p.dispatch.ticket = ticket;
@@ -196,77 +199,126 @@ class Streams {
     sent.tokens = sent.row_scalars = nullptr;
     sent.quant.row_scales = nullptr;
     if (topk_ids != nullptr) sent.tables = {};
-    return communicator.DispatchStart(rank, {topk_ids, sent, ticket}, streams_[rank]);
+    return communicator.DispatchStart(rank, {topk_ids, sent, ticket}, StreamOfStarts(rank));
+  }
+  cudaStream_t StreamOfStarts(int rank) const {
+    return (starts_are_beside_ ? beside_ : streams_)[rank];
   }
 
-  std::vector<cudaStream_t> streams_;
+  std::vector<cudaStream_t> streams_, beside_;
+  bool starts_are_beside_ = false;
 };
 
 using Walks = std::vector<std::unique_ptr<RankWalk>>;
 
 constexpr int kMaxRequests = 2;
 
-// One op of all ranks: all are started before any is waited for. With `last`, by halves: more
-// requests than can be in flight are sent, so that one is refused; one is received once more; and
-// the results are those of the one that is received last, 0 to kMaxRequests + 1.
-void RunStep(cuda::Communicator& communicator, Streams& streams, const MoEShape& shape,
-             Walks& walks, Step step, int last) {
-  std::vector<CudaParams> on_device;
-  std::vector<std::unique_ptr<Mirror>> mirrors;
-  for (int rank = 0; rank < shape.num_ranks; ++rank) {
-    Check(cudaSetDevice(rank), "cudaSetDevice");
-    mirrors.push_back(std::make_unique<Mirror>());
-    std::visit([&](const auto& p) { on_device.push_back(OnDevice(shape, p, *mirrors.back())); },
-               ParamsOf(*walks[rank], step));
-    // The copy of an upload may still be under way, on a stream that ours do not wait for.
-    Check(cudaDeviceSynchronize(), "uploads");
-  }
-  const auto for_all = [&](const auto& launch) {
-    for (int rank = 0; rank < shape.num_ranks; ++rank) {
-      const std::string error =
-          std::visit([&](const auto& p) { return launch(rank, p); }, on_device[rank]);
-      if (!error.empty()) Fail("%s: %s", Describe(shape).c_str(), error.c_str());
-    }
-  };
-  if (last < 0) {
-    for_all([&](int rank, const auto& p) { return streams.Launch(communicator, rank, p); });
-  } else {
-    std::vector<std::vector<int32_t>> host(shape.num_ranks);
-    std::vector<int32_t*> tickets;
+// One op of all ranks, whose launches are all made before any is waited for.
+class Op {
+ public:
+  Op(cuda::Communicator& communicator, Streams& streams, const MoEShape& shape, Walks& walks,
+     Step step)
+      : communicator_(communicator), streams_(streams), shape_(shape) {
     for (int rank = 0; rank < shape.num_ranks; ++rank) {
       Check(cudaSetDevice(rank), "cudaSetDevice");
-      host[rank].assign(2 * (kMaxRequests + 1), -7);
+      mirrors_.push_back(std::make_unique<Mirror>());
+      std::visit([&](const auto& p) { on_device_.push_back(OnDevice(shape, p, *mirrors_.back())); },
+                 ParamsOf(*walks[rank], step));
+      host_tickets_.emplace_back(2 * (kMaxRequests + 1), -7);
       // A mirror of its own, which is not reset.
-      mirrors.push_back(std::make_unique<Mirror>());
-      tickets.push_back((*mirrors.back())(host[rank].data(), host[rank].size() * 4));
+      ticket_mirrors_.push_back(std::make_unique<Mirror>());
+      std::vector<int32_t>& host = host_tickets_.back();
+      tickets_.push_back((*ticket_mirrors_.back())(host.data(), host.size() * 4));
+      // The copy of an upload may still be under way, on a stream that ours do not wait for.
       Check(cudaDeviceSynchronize(), "uploads");
     }
-    for (int request = 0; request <= kMaxRequests; ++request)
-      for_all([&](int rank, const auto& p) {
-        return streams.Start(communicator, rank, p, tickets[rank] + 2 * request);
-      });
-    // The first request is received twice.
-    constexpr int kReceives = kMaxRequests + 2;
-    for (int i = 1; i <= kReceives; ++i) {
-      const int request = (last + i) % kReceives % (kMaxRequests + 1);
-      if (i == kReceives)
-        for (int rank = 0; rank < shape.num_ranks; ++rank) {
-          Check(cudaSetDevice(rank), "cudaSetDevice");
-          Check(cudaDeviceSynchronize(), "receiving halves");
-          mirrors[rank]->Reset();
-          Check(cudaDeviceSynchronize(), "uploads");
-        }
-      for_all([&](int rank, const auto& p) {
-        return streams.Launch(communicator, rank,
-                              Streams::WithTicket(p, tickets[rank] + 2 * request));
-      });
+  }
+  void Whole() {
+    ForAll([&](int rank, const auto& p) { return streams_.Launch(communicator_, rank, p); });
+  }
+  void Start(int request) {
+    ForAll([&](int rank, const auto& p) {
+      return streams_.Start(communicator_, rank, p, tickets_[rank] + 2 * request);
+    });
+  }
+  void Receive(int request) {
+    ForAll([&](int rank, const auto& p) {
+      return streams_.Launch(communicator_, rank,
+                             Streams::WithTicket(p, tickets_[rank] + 2 * request));
+    });
+  }
+  void Wait() {
+    ForEach([](Mirror&) {});
+  }
+  // As if nothing had been received.
+  void Reset() {
+    ForEach([](Mirror& mirror) { mirror.Reset(); });
+    Wait();  // for the uploads
+  }
+  void Download() {
+    ForEach([](Mirror& mirror) { mirror.Download(); });
+  }
+
+ private:
+  template <typename F>
+  void ForAll(const F& launch) {
+    for (int rank = 0; rank < shape_.num_ranks; ++rank) {
+      const std::string error =
+          std::visit([&](const auto& p) { return launch(rank, p); }, on_device_[rank]);
+      if (!error.empty()) Fail("%s: %s", Describe(shape_).c_str(), error.c_str());
     }
   }
-  for (int rank = 0; rank < shape.num_ranks; ++rank) {
-    Check(cudaSetDevice(rank), "cudaSetDevice");
-    Check(cudaDeviceSynchronize(), "an op");
-    mirrors[rank]->Download();
+  // What each rank has, once what it was given to do is done.
+  template <typename F>
+  void ForEach(const F& visit) {
+    for (int rank = 0; rank < shape_.num_ranks; ++rank) {
+      Check(cudaSetDevice(rank), "cudaSetDevice");
+      Check(cudaDeviceSynchronize(), "an op");
+      visit(*mirrors_[rank]);
+    }
   }
+
+  cuda::Communicator& communicator_;
+  Streams& streams_;
+  const MoEShape& shape_;
+  std::vector<CudaParams> on_device_;
+  std::vector<std::unique_ptr<Mirror>> mirrors_, ticket_mirrors_;
+  std::vector<std::vector<int32_t>> host_tickets_;
+  std::vector<int32_t*> tickets_;
+};
+
+// By halves: more requests than can be in flight are sent, so that one is refused; one is received
+// once more; and the results are those of the one that is received last, 0 to kMaxRequests + 1.
+void RunHalves(Op& op, int last) {
+  for (int request = 0; request <= kMaxRequests; ++request) op.Start(request);
+  // The first request is received twice.
+  constexpr int kReceives = kMaxRequests + 2;
+  for (int i = 1; i <= kReceives; ++i) {
+    if (i == kReceives) {
+      op.Wait();
+      op.Reset();
+    }
+    op.Receive((last + i) % kReceives % (kMaxRequests + 1));
+  }
+}
+
+// The same, where the one too many is sent while the first is received. The results are those of
+// the former, or of the latter.
+void RunHalvesAtOnce(Op& op, Streams& streams, bool of_last) {
+  for (int request = 0; request < kMaxRequests; ++request) op.Start(request);
+  op.Wait();
+  streams.StartBeside(true);
+  op.Start(kMaxRequests);
+  streams.StartBeside(false);
+  op.Receive(0);
+  op.Wait();
+  if (!of_last) op.Download();
+  for (int request = 1; request <= kMaxRequests; ++request) {
+    if (request == kMaxRequests) op.Reset();
+    op.Receive(request);
+  }
+  op.Wait();
+  if (of_last) op.Download();
 }
 
 void RunLayer(cuda::Communicator& communicator, Streams& streams, const Layer& layer,
@@ -278,8 +330,19 @@ void RunLayer(cuda::Communicator& communicator, Streams& streams, const Layer& l
     // What only gradients need has no halves, nor do no tokens, which no program asks for.
     const bool has_halves = layer.num_tokens > 0 && step != Step::kScaled &&
                             !(step == Step::kCombine && layer.returns_scalars);
+    Op op(communicator, streams, layer.shape, walks, step);
+    // Several ranks could disagree on whether the request too many is one.
+    const bool may_overlap = layer.shape.num_ranks == 1 && !layer.shape.low_latency;
+    if (has_halves && may_overlap && Between(random, 0, 2) == 0) {
+      for (const bool of_last : {false, true}) RunHalvesAtOnce(op, streams, of_last);
+      continue;
+    }
     const int last = has_halves ? Between(random, -20, kMaxRequests + 1) : -1;
-    RunStep(communicator, streams, layer.shape, walks, step, last);
+    if (last >= 0)
+      RunHalves(op, last);
+    else
+      op.Whole();
+    op.Download();
   }
   for (const auto& walk : walks) walk->Check();
   const ErrorRecord error = communicator.TakeError();

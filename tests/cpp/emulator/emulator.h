@@ -234,6 +234,10 @@ template <typename T>
 T atomicAdd(T* at, int value) {
   return __atomic_fetch_add(at, static_cast<T>(value), __ATOMIC_SEQ_CST);
 }
+inline uint32_t atomicCAS(uint32_t* at, uint32_t expected, uint32_t value) {
+  __atomic_compare_exchange_n(at, &expected, value, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+  return expected;
+}
 inline uint32_t atomicExch(uint32_t* at, uint32_t value) {
   return __atomic_exchange_n(at, value, __ATOMIC_SEQ_CST);
 }
