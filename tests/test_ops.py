@@ -56,7 +56,7 @@ def cases(draw, implementation: str) -> Case:
         layout=layout,
         routing=draw(st.sampled_from(["uniform", "skewed", "single", "empty"])),
         weighted=draw(st.booleans()),
-        expert_alignment=1 if has_slots else draw(st.sampled_from([1, 1, 4, 16])),
+        expert_alignment=draw(st.sampled_from([1, 1, 4, 16])) if layout is FLAT else 1,
         max_tokens_per_rank=num_tokens + draw(st.integers(1, 3)),
         check_vma=draw(st.booleans()),
         quant=quant,
@@ -219,7 +219,7 @@ def test_drop(native_implementation, mode, layout, routing):
         routing=routing,
         capacity={FLAT: 40, RANK_MAJOR: 25, EXPERT_MAJOR: None}[layout],
         overflow="drop",
-        expert_alignment=1 if layout is EXPERT_MAJOR else 4,
+        expert_alignment=4 if layout is FLAT else 1,
     )
     suite.check_case(native_implementation, case)
 

@@ -161,7 +161,7 @@ def cases(draw) -> Case:
         layout=layout,
         routing=draw(st.sampled_from(["uniform", "skewed", "single", "empty"])),
         weighted=draw(st.booleans()),
-        expert_alignment=1 if has_slots else draw(st.sampled_from([1, 3, 8])),
+        expert_alignment=draw(st.sampled_from([1, 3, 8])) if layout is FLAT else 1,
         capacity=capacity,
         overflow="drop" if drops else "error",
         seed=draw(st.integers(0, 1000)),
