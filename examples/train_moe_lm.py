@@ -113,7 +113,8 @@ class MoE(nnx.Module):
 def swiglu(tokens: jax.Array, num_tokens_per_expert: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
     """Each expert's feed-forward network (Shazeer, 2020), for its rows of `tokens` [C, H].
 
-    By what JAX has; on GPUs `tokamax.ragged_dot` is faster, and `jax_ep.nn` uses it there: see docs/performance.md.
+    By what JAX has; on GPUs `jax_ep.nn.default_grouped_matmul` is faster where tokamax is installed: see
+    docs/performance.md.
     """
     gate, up = jnp.split(jax.lax.ragged_dot(tokens, gate_up, num_tokens_per_expert), 2, axis=-1)
     return jax.lax.ragged_dot(jax.nn.silu(gate) * up, down, num_tokens_per_expert)
@@ -256,7 +257,7 @@ def check_against_reference(trainer: Trainer, reference: Trainer, batch: jax.Arr
         f"in norm by {relative:.1e} of the update"
     )
     on_gpu = trainer.comm.mesh.devices.flat[0].platform == "gpu"
-    tolerance = (GPU_TOLERANCE if on_gpu else TOLERANCE)[trainer.comm.config.dtype]
+    tolerance = (GPU_TOLERANCE if on_gpu else TOLERANCE)[trainer.comm.config.dtype.name]
     # In norm, since Adam turns even a gradient that is rounding noise into a whole step.
     if not (loss_difference <= tolerance * float(expected_loss) and relative <= tolerance):
         sys.exit(f"One step is not what the reference implementation makes of it: {report}.")

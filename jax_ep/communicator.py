@@ -121,7 +121,7 @@ class MoECommunicator:
             communicator_id=communicator_id(mesh, self.config.axis_name),
             axis_name=self.config.axis_name,
             shape=self._shape,
-            dtype=jnp.dtype(self.config.dtype),
+            dtype=self.config.dtype,
             drop_overflow=self.config.overflow == "drop",
             communicator=self,
             is_reference=self.config.implementation == "reference",

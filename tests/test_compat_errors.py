@@ -140,7 +140,7 @@ def of_dispatch(calls: Calls, plain: Buffer, other: Buffer):
         (dispatch(num_tokens_per_rdma_rank=experts), NotImplementedError, "num_tokens_per_rdma_rank: not in jax_ep: "),
         (dispatch(num_worst_tokens=-1), ValueError, "num_worst_tokens: expected at least 0, got -1"),
         (dispatch(num_worst_tokens=1.0), TypeError, "num_worst_tokens: expected an int, got float 1.0"),
-        (dispatch(num_worst_tokens=2**31), ValueError, r"num_worst_tokens: expected fewer than 2\*\*31 rows, got"),
+        (dispatch(num_worst_tokens=2**31), ValueError, r"num_worst_tokens: expected less than 2\*\*31, got"),
         (dispatch(expert_alignment=0), ValueError, "expert_alignment: expected at least 1, got 0"),
         (dispatch(config={}), TypeError, "config: expected a Config or None, got dict"),
         (dispatch(config=Config(0)), ValueError, "config.num_sms: expected at least 1, got 0"),
@@ -401,6 +401,6 @@ def test_errors_of_steps(mesh):
         return hybrid(mesh, x, jnp.zeros_like(topk_idx), weights, num_permuted_tokens=1)[0]
 
     run(too_many)
-    with pytest.raises(CapacityError, match="^num_permuted_tokens: expected at least .* Raise it.$"):
+    with pytest.raises(CapacityError, match=r"^num_permuted_tokens: expected at least .* Raise it\.(\n|$)"):
         run(too_many)
     buffer.destroy()

@@ -512,7 +512,7 @@ def test_what_processes_tell_each_other(clients):
     # What is left is deleted by the next who meet.
     for processes in group:
         processes.close()
-    assert read("jax_ep/eplb/one/said/0") and share(other) == [texts] * 3
+    assert read("jax_ep/one/said/0") and share(other) == [texts] * 3
     assert read("jax_ep/eplb/one") == []
 
 

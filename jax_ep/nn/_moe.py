@@ -76,8 +76,7 @@ class MoE(nnx.Module):
       load_window: steps that `rebalance` plans from, with `num_slots`.
       num_shared_experts: experts that every token goes to: one dense SwiGLU of that many F, unweighted.
       grouped_matmul: `(rows [C, X], kernels [L, X, Y], group_sizes int32 [L]) -> [C, Y]` and differentiable, rows
-        sorted by local expert; default on GPUs `tokamax.ragged_dot` if tokamax is installed, else
-        `jax.lax.ragged_dot`. Rows beyond all groups are not read.
+        sorted by local expert; default `default_grouped_matmul`'s. Rows beyond all groups are not read.
       kernel_init: of all kernels but the router's; called with shape `[X, Y]`, for experts with one key each.
       dtype: of tokens, matrix products and result; default the communicator's, or bfloat16.
       param_dtype: of the kernels.
