@@ -244,8 +244,8 @@ def check_lost(mesh: Mesh) -> None:
     message = Message(mesh.size - 1, 0, np.arange(5, dtype=np.int32))
     with communicator(mesh, "host") as comm:
         if survives:
-            comm._processes._timeout_s = 2.0  # both are here by now
-            with pytest.raises(RuntimeError, match="transfer: not all bytes of a round came within timeout_s=2"):
+            comm._processes._timeout_s = 4.0  # both are here by now
+            with pytest.raises(RuntimeError, match="transfer: not all bytes of a round came within timeout_s=4"):
                 check_messages(comm, [message])
             comm._processes._timeout_s = 20.0
             distributed.global_state.client.key_value_set("gave_up", "")

@@ -473,8 +473,8 @@ def test_baselines_that_crash_or_hang_do_not_end_the_run(monkeypatch):
         if kind == "baseline":
             heard[content["key"]] = content["baseline"].get("error")
 
-    stages.run_resiliently(stages.Stage("baselines", "tiny"), hear, timeout_s=60, silence_s=2)
-    assert heard == dict(fine=None, crashes="process 0 ended with status -11", hangs="nothing heard for 2 s", last=None)
+    stages.run_resiliently(stages.Stage("baselines", "tiny"), hear, timeout_s=60, silence_s=4)
+    assert heard == dict(fine=None, crashes="process 0 ended with status -11", hangs="nothing heard for 4 s", last=None)
 
 
 def test_stage_that_fails_shows_its_log(monkeypatch):

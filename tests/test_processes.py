@@ -17,8 +17,9 @@ import suite
 
 WORKER = pathlib.Path(__file__).with_name("worker.py")
 TIMEOUT_S = 300.0
-# How long the others may still run once one process failed.
-GRACE_S = 15.0
+# How long the others may still run once one process failed or was killed: it may take them a timeout of their own, and
+# the 10 s that leaving waits for it.
+GRACE_S = 40.0
 
 
 class Ended(NamedTuple):

@@ -142,7 +142,7 @@ def check_different_hosts(task: Task, mesh, case: Case) -> None:
 
 def check_killed_peer(task: Task) -> None:
     """The last process dies while the others wait for it: they get an error in time, and can clean up."""
-    mesh, timeout_s = all_ranks_mesh(task), 3.0
+    mesh, timeout_s = all_ranks_mesh(task), 5.0
     case = Case(num_ranks=mesh.size)
     comm = suite.communicator(task.implementation, mesh, case, timeout_s=timeout_s)
     inputs = suite.place(suite.draw(case), mesh, comm.capacity)
