@@ -48,13 +48,15 @@ class Connection:
     def __init__(self, mesh, config, *, id: int, shape: MoEShape):
         self._groups = groups_of(mesh, config.axis_name)
         self._processes = Processes.of(mesh, id, config.timeout_s)
-        self.native, problem = None, None
+        self.native, handle, problem = None, b"", None
         try:
             self.native = self._disconnected(config, id, shape)
+            if len(self._processes.all) > 1:
+                handle = self.native.handle()
         except Exception as error:
             problem = error
         try:
-            theirs = self._told_by_all(f"jax_ep {__version__} {config}", problem)
+            theirs = self._told_by_all(f"jax_ep {__version__} {config}", handle, problem)
             self._connect_to_all(theirs)
         except BaseException:
             if self.native is not None:
@@ -89,11 +91,9 @@ class Connection:
         )
         return extension.Communicator(spec, across_processes=len(self._processes.all) > 1)
 
-    def _told_by_all(self, configuration: str, problem: Exception | None) -> dict[int, dict]:
+    def _told_by_all(self, configuration: str, handle: bytes, problem: Exception | None) -> dict[int, dict]:
         """What the others have to know of each process, once all have the same configuration."""
-        mine = dict(configuration=configuration, host=host_identity(), pid=os.getpid(), handle="")
-        if len(self._processes.all) > 1 and self.native is not None:
-            mine["handle"] = self.native.handle().hex()
+        mine = dict(configuration=configuration, host=host_identity(), pid=os.getpid(), handle=handle.hex())
         told = self._processes.share("MoECommunicator", json.dumps(mine).encode(), problem)
         theirs = {process: json.loads(text) for process, text in told.items()}
         for process, their in theirs.items():

@@ -30,10 +30,14 @@ def expect_number(argument: str, value) -> float:
     return float(value)
 
 
-def expect_array(argument: str, value, shape: tuple[int | str, ...], dtype) -> None:
-    """Letters in `shape` stand for any size."""
+def _expect_some_array(argument: str, value) -> None:
     if not hasattr(value, "shape") or not hasattr(value, "dtype"):
         raise TypeError(f"{argument}: expected an array, got {type(value).__name__}")
+
+
+def expect_array(argument: str, value, shape: tuple[int | str, ...], dtype) -> None:
+    """Letters in `shape` stand for any size."""
+    _expect_some_array(argument, value)
     wanted = f"shape [{', '.join(map(str, shape))}]"
     fits = len(value.shape) == len(shape) and all(
         isinstance(size, str) or size == got for size, got in zip(shape, value.shape, strict=True)
@@ -45,8 +49,7 @@ def expect_array(argument: str, value, shape: tuple[int | str, ...], dtype) -> N
 
 def expect_floating(argument: str, value) -> None:
     """An array of any shape."""
-    if not hasattr(value, "shape") or not hasattr(value, "dtype"):
-        raise TypeError(f"{argument}: expected an array, got {type(value).__name__}")
+    _expect_some_array(argument, value)
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise TypeError(f"{argument}: expected a floating dtype, got {value.dtype}")
 

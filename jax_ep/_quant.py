@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jax_ep import _ffi
 from jax_ep._checks import expect_dtype
 from jax_ep.types import DispatchOutput, QuantConfig
 
@@ -97,7 +98,7 @@ def dequantize(out: DispatchOutput, dtype=jnp.bfloat16) -> jax.Array:
     """
     if not isinstance(out, DispatchOutput):
         raise TypeError(f"out: expected a DispatchOutput, got {type(out).__name__}")
-    dtype = expect_dtype("dtype", dtype, ("bfloat16", "float16", "float32", "float64"))
+    dtype = expect_dtype("dtype", dtype, _ffi.DTYPES)
     if out.quant is None:
         raise ValueError("out: expected the output of a dispatch with quant, got plain rows")
     elements, scales = lax.stop_gradient((out.tokens, out.quant.scales))

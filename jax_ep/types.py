@@ -76,7 +76,7 @@ class DispatchLayoutInfo:
     kind: DispatchLayout = dataclasses.field(metadata={"static": True})
     num_tokens_per_expert: Array
     offsets: Array
-    axis_name: str = dataclasses.field(default="ep", metadata={"static": True})
+    axis_name: str = dataclasses.field(metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass

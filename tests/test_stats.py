@@ -174,7 +174,7 @@ def test_statistics_beside_gradients(native_implementation):
 def test_bad_arguments():
     with pytest.raises(TypeError, match="received: expected a DispatchOutput or a DispatchHandle, got tuple"):
         jax_ep.load_statistics(())
-    layout = jax_ep.DispatchLayoutInfo(FLAT, jnp.zeros(2, jnp.int32), jnp.zeros(3, jnp.int32))
+    layout = jax_ep.DispatchLayoutInfo(FLAT, jnp.zeros(2, jnp.int32), jnp.zeros(3, jnp.int32), "ep")
     out = jax_ep.DispatchOutput(jnp.zeros((1, 1)), layout, jnp.zeros((), jnp.int32))
     with pytest.raises(ValueError, match="load_statistics: expected a call inside jax.shard_map over mesh axis 'ep'"):
         jax_ep.load_statistics(out)
